@@ -1,0 +1,65 @@
+# mvrepro: type `make help`. Each command builds the environment (.venv) itself when it is missing.
+PROFILE ?= quick
+NB ?=
+FORCE ?=
+JOBS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+MVREPRO := $(BIN)/python -m mvrepro
+NOTEBOOK := $(if $(NB),--notebook $(NB))
+
+# The package is not installed: the tree that you stand in is the one that runs.
+export PYTHONPATH := $(CURDIR)
+# What must be set before the numerical libraries start (mvrepro/determinism.py says why).
+export ATEN_CPU_CAPABILITY := avx2
+export ONEDNN_MAX_CPU_ISA := AVX2
+export MKL_CBWR := COMPATIBLE
+export CUBLAS_WORKSPACE_CONFIG := :4096:8
+export PYTHONHASHSEED := 0
+# DVC must neither phone home nor depend on a global configuration.
+export DVC_NO_ANALYTICS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce status validate test lint lab clean clean-env
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PROFILE=quick (default)   NB=04 one notebook   FORCE=1 compute again   JOBS=2 side by side"
+
+env: $(if $(filter file,$(origin BIN)),$(VENV)/.ready) ## build .venv from requirements.lock (not with BIN=, an environment of your own)
+
+$(VENV)/.ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "mvrepro: the locked environment needs Python 3.11, found $$($(PYTHON) --version 2>&1 || echo none): install python3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "building $(VENV) from requirements.lock (once; about 2 minutes and 2 GB)"
+	@$(PYTHON) -m venv $(VENV) || { echo "mvrepro: could not make a virtual environment: on Debian and Ubuntu, install python3.11-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+reproduce: env ## compute every stage of PROFILE not yet computed here, and compare with the committed values
+	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS))
+
+status: env ## which committed results no longer belong to the files that are here
+	@$(MVREPRO) status --profile $(PROFILE)
+
+validate: env ## re-execute the committed notebooks strictly; check everything that is generated
+	@$(MVREPRO) validate --profile $(PROFILE) $(NOTEBOOK)
+
+test: env ## the tests
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+
+lint: env ## ruff and mypy, as pre-commit runs them
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+lab: env ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+clean: ## remove what this machine remembers and scratch runs; committed results stay
+	rm -rf .mvrepro scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+clean-env: ## remove .venv
+	rm -rf $(VENV)

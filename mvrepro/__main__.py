@@ -1,0 +1,46 @@
+"""The door: python -m mvrepro COMMAND ... Each command is a module of mvrepro.commands, imported when called.
+
+Like the package's __init__ files, this module computes nothing, so no stage of dvc.yaml depends on it.
+"""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train and test one network with one loss, and write its record",
+    "reproduce": "compute what this machine has not computed yet, and compare it with the committed values",
+    "status": "say which results are stale, without computing anything",
+    "validate": "re-execute the committed notebooks strictly and check all that is generated",
+    "notebook": "execute one report notebook with papermill",
+    "claims": "judge the claims: results/claims.json and the table in README.md",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code. A UserError is one line on stderr and exit code 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m mvrepro", description=__doc__.splitlines()[0] if __doc__ else "")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if argv[:1] == [name]:
+            command = importlib.import_module(f"mvrepro.commands.{name}")
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+
+    from mvrepro.errors import UserError
+
+    try:
+        return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"mvrepro {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"mvrepro {arguments.command}: stopped; nothing half-written was kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The paper's claims and their verdicts, by rules that stood in paper/claims.toml before the runs.
+
+Rules:
+    bound     a value that a notebook computed (results/values/<profile>/<artifact>.json) is <= bound:
+              reproduced, else not reproduced. For exact mathematics.
+    greater   `better` beats `worse` on `metric`, paired over seeds. Reproduced: the one-sided paired
+              t-test, Holm-adjusted within the claim's family, has p < 0.05. Qualitatively: the mean
+              difference is above 0, but not significant. Not reproduced: it is not above 0.
+    argmax    averaged over `losses` and seeds, the best t lies in `range`: qualitatively (no test
+              stands behind it), else not reproduced.
+    untested  not tested, with the reason.
+A verdict holds for one profile.
+"""
+
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mvrepro import runs
+from mvrepro.errors import UserError
+from mvrepro.files import RESULTS, ROOT, read_json
+from mvrepro.stats import Estimate, holm, paired_difference
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REPRODUCED, QUALITATIVELY, NOT_REPRODUCED, NOT_TESTED = (
+    "reproduced",
+    "qualitatively",
+    "not reproduced",
+    "not tested",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of the table of claims. `found` says what was measured, in words; `numbers` holds it."""
+
+    id: str
+    notebook: str
+    claim: str
+    source: str
+    mark: str
+    profile: str
+    verdict: str
+    found: str
+    numbers: dict[str, float | int | None]
+    command: str
+    artifact: str
+
+
+def load(path: Path = ROOT / "paper" / "claims.toml") -> list[dict[str, Any]]:
+    """The claims in the order of the file."""
+    return list(tomllib.loads(path.read_text(encoding="utf-8"))["claim"])
+
+
+def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) -> list[Verdict]:
+    """A verdict for each claim (of one notebook, such as "04", or of all) on one profile.
+
+    Holm's correction always counts the whole family, whichever notebook is asked for.
+    """
+    claims = load()
+    frame = _runs(profile, folder)
+    differences = {c["id"]: _difference(c, frame) for c in claims if c["rule"] == "greater"}
+    adjusted = _adjust(claims, differences)
+    verdicts = []
+    for claim in claims:
+        if notebook is None or claim["notebook"] == notebook:
+            verdicts.append(_judge(claim, profile, frame, differences, adjusted, folder))
+    return verdicts
+
+
+def _runs(profile: str, folder: Path) -> pd.DataFrame | None:
+    try:
+        return runs.table(profile, folder)
+    except UserError:
+        return None
+
+
+def _difference(claim: dict[str, Any], frame: pd.DataFrame | None) -> Estimate | None:
+    """The paired difference over the seeds that both losses have, or None where there are too few."""
+    if frame is None or claim["metric"] not in frame:
+        return None
+    better, worse = (runs.by_seed(frame, claim["metric"], claim[side]) for side in ("better", "worse"))
+    seeds = better.index.intersection(worse.index)
+    if len(seeds) < claim.get("min_seeds", 3):
+        return None
+    return paired_difference(better[seeds], worse[seeds])
+
+
+def _adjust(claims: list[dict[str, Any]], differences: dict[str, Estimate | None]) -> dict[str, float]:
+    families: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for claim in claims:
+        estimate = differences.get(claim["id"])
+        if estimate:
+            families[claim["family"]].append((claim["id"], estimate.p))
+    return {
+        id_: p for family in families.values() for (id_, _), p in zip(family, holm([p for _, p in family]), strict=True)
+    }
+
+
+def _judge(
+    claim: dict[str, Any],
+    profile: str,
+    frame: pd.DataFrame | None,
+    differences: dict[str, Estimate | None],
+    adjusted: dict[str, float],
+    folder: Path,
+) -> Verdict:
+    rule, command, artifact = claim["rule"], f"make reproduce PROFILE={profile} NB={claim['notebook']}", ""
+    verdict, found, numbers = NOT_TESTED, claim.get("why", "the profile has no such runs"), {}
+    if rule == "bound":
+        name, key = claim["value"].split(":")
+        artifact = f"results/values/{profile}/{name}.json"
+        path = folder / "values" / profile / f"{name}.json"
+        found = "not computed yet"
+        values = read_json(path)["values"] if path.is_file() else {}
+        if key in values:
+            numbers = {"value": values[key], "bound": claim["bound"]}
+            value = math.nan if values[key] is None else values[key]
+            verdict = REPRODUCED if value <= claim["bound"] else NOT_REPRODUCED
+            relation = "within" if value <= claim["bound"] else "beyond"
+            found = f"largest deviation {relation} {claim['bound']:.0e}"
+    elif rule == "greater":
+        artifact = f"results/runs/{profile}"
+        estimate = differences[claim["id"]]
+        if estimate:
+            p = adjusted[claim["id"]]
+            verdict = REPRODUCED if estimate.mean > 0 and p < 0.05 else QUALITATIVELY
+            verdict = verdict if estimate.mean > 0 else NOT_REPRODUCED
+            found = (
+                f"{100 * estimate.mean:+.1f} points [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}], "
+                f"{estimate.n} seeds, adjusted p = {p:.2g}"
+            )
+            numbers = {"difference": estimate.mean, "low": estimate.low, "high": estimate.high}
+            numbers |= {"seeds": estimate.n, "adjusted_p": p}
+    elif rule == "argmax":
+        artifact = f"results/runs/{profile}"
+        best = None if frame is None else best_t(frame, claim["metric"], claim["losses"])
+        if best is not None:
+            low, high = claim["range"]
+            verdict = QUALITATIVELY if low - 1e-9 <= best <= high + 1e-9 else NOT_REPRODUCED
+            found, numbers = f"best mean at t = {best:g}", {"best_t": best}
+    elif rule != "untested":
+        raise UserError(f"paper/claims.toml, claim {claim['id']}: unknown rule {rule!r}")
+    return Verdict(
+        claim["id"], claim["notebook"], claim["claim"], claim["source"], claim["mark"],
+        profile, verdict, found, numbers, command, artifact,
+    )  # fmt: skip
+
+
+def best_t(frame: pd.DataFrame, metric: str, losses: list[str]) -> float | None:
+    """The t whose mean over losses and seeds is highest, among those that every one of the losses has
+    (t = 0 is not one of them: it is another loss); None where there are fewer than two."""
+    if metric not in frame:
+        return None
+    chosen = frame[frame["loss"].isin(losses)]
+    complete = chosen.groupby("t")["loss"].nunique() == len(losses)
+    means = chosen.groupby("t")[metric].mean()[complete]
+    return float(means.idxmax()) if len(means) > 1 else None

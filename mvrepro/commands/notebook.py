@@ -1,0 +1,33 @@
+"""`python -m mvrepro notebook`: execute one report notebook on a profile."""
+
+import argparse
+
+from mvrepro import notebook
+from mvrepro.errors import UserError
+from mvrepro.files import display
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m mvrepro notebook 04 --profile quick"
+    parser.add_argument("name", help="the notebook's number or file name")
+    parser.add_argument("--profile", default="quick", help="whose runs it reads (default: quick)")
+    parser.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    parameters = {name: _literal(name, value) for name, value in arguments.parameter}
+    path = notebook.execute(notebook.find(arguments.name), arguments.profile, parameters)
+    print(f"executed {display(path)}")
+    return 0
+
+
+def _literal(name: str, text: str) -> object:
+    """A parameter's value as YAML reads it, so that 0.3 is a number and text needs no quotes."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"parameter {name}: {text!r} is not a YAML value") from None

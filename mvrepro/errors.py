@@ -1,0 +1,19 @@
+"""Errors that a user can act on: one message, no traceback."""
+
+import errno
+
+
+class UserError(Exception):
+    """What was wrong, where, and what would be right. The command line prints it and exits with 1."""
+
+
+def explain_os_error(error: OSError, doing: str) -> UserError:
+    """A full disk, an unwritable folder and the like, as one message that says what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cure = "the disk is full: free some space and run the same command again"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        cure = "no permission to write there: make the folder writable and run the same command again"
+    else:
+        cure = f"{error.strerror or error}"
+    where = f" ({error.filename})" if error.filename else ""
+    return UserError(f"could not {doing}{where}: {cure}; nothing half-written was kept")

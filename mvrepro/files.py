@@ -1,0 +1,57 @@
+"""Where things lie in the project, and writing that is whole or not at all."""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mvrepro.errors import explain_os_error
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+TEMPORARY = ".writing-"  # the prefix of files that are not whole yet; git ignores it
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write aside, then move into place: a reader, or a run after a crash, never sees half a file.
+
+    Raises UserError where the disk is full or the folder can't be written, and leaves nothing there.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+        raise explain_os_error(error, f"write {display(path)}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with a stable layout, so that equal values are equal bytes; NaN and infinity are refused."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left behind."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+def display(path: Path) -> str:
+    """The path as the user knows it: relative to the project where it lies inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

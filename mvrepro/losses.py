@@ -1,0 +1,281 @@
+"""Every loss of the MV-Softmax paper on one page: a margin f, an emphasis h and a mining weight g.
+
+Symbols, with the shapes that the code uses (B samples, K classes, D dimensions):
+
+    x (B, D)       embeddings, normalised here: u = x / |x|
+    W (K, D)       class weights, normalised here: v = w / |w|
+    cosθ_k (B, K)  u·v_k;  y is the label, θ_y the angle to its own class
+    s              the scale that multiplies every cosine
+
+Equation numbers follow the order in which the paper introduces its equations; L1 to L4 are its own
+names for the first four ("Mis-classified Vector Guided Softmax Loss for Face Recognition", AAAI
+2020, arXiv 1912.00833; definitions as in the authors' code, see paper/published.toml).
+
+    Eq. 1  L1 = −log e^{s cosθ_y} / (e^{s cosθ_y} + Σ_{k≠y} e^{s cosθ_k})             Softmax
+    Eq. 2  L2 = −g(p_y) log p_y                                                       mining
+    Eq. 3  L3: cosθ_y becomes f(m, θ_y) = cos(m1 θ_y + m3) − m2                       margin
+    Eq. 4  L4 = −g(p_y) log p_y with the p_y of Eq. 3                                 naive fusion
+    Eq. 5  I_k = 1 where f(m, θ_y) − cosθ_k < 0, else 0 (k ≠ y)                       indicator
+    Eq. 6  L5: e^{s cosθ_k} is multiplied by h(t, θ_k, I_k)                           MV-Softmax
+    Eq. 7  h = e^{s t I_k}:              a marked cosθ_k becomes cosθ_k + t           fixed, -f
+    Eq. 8  h = e^{s t (cosθ_k + 1) I_k}: a marked cosθ_k becomes (1 + t) cosθ_k + t   adaptive, -a
+
+>>> head = MarginHead("MV-AM-Softmax-a", embedding_dim=512, num_classes=1000)
+>>> loss = head(torch.randn(8, 512), torch.arange(8))
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One row of the table of losses.
+
+    f: "cos" (no margin), "A", "AM" or "Arc"; h: None, "fixed" or "adaptive"; g: None, "HM" or "F".
+    """
+
+    f: str = "cos"
+    h: str | None = None
+    g: str | None = None
+
+
+LOSSES: dict[str, Loss] = {
+    "Softmax": Loss(),
+    "HM-Softmax": Loss(g="HM"),
+    "F-Softmax": Loss(g="F"),
+    "A-Softmax": Loss("A"),
+    "AM-Softmax": Loss("AM"),
+    "Arc-Softmax": Loss("Arc"),
+    "HM-AM-Softmax": Loss("AM", g="HM"),
+    "F-AM-Softmax": Loss("AM", g="F"),
+    "HM-Arc-Softmax": Loss("Arc", g="HM"),
+    "F-Arc-Softmax": Loss("Arc", g="F"),
+    "SV-Softmax": Loss("cos", h="adaptive"),
+    "SV-AM-Softmax": Loss("AM", h="adaptive"),  # t_SV = 1 + t: MV-AM-Softmax-a under its first name
+    "SV-Arc-Softmax": Loss("Arc", h="adaptive"),
+    "MV-AM-Softmax-f": Loss("AM", h="fixed"),
+    "MV-AM-Softmax-a": Loss("AM", h="adaptive"),
+    "MV-Arc-Softmax-f": Loss("Arc", h="fixed"),
+    "MV-Arc-Softmax-a": Loss("Arc", h="adaptive"),
+}
+
+# What a margin is when nobody says: AM's is the default of the authors' code, Arc's what others use,
+# A's our choice among the integers (the paper's are not available to us).
+DEFAULT_MARGIN = {"cos": 0.0, "A": 2.0, "AM": 0.35, "Arc": 0.5}
+
+
+def sine(cos: Tensor) -> Tensor:
+    """sinθ from cosθ, with a finite slope everywhere.
+
+    The slope −cosθ/sinθ is infinite at θ = 0 and π. Within rounding of those points (1 − cos²θ
+    below the dtype's epsilon) the sine is 0 and so is its slope.
+    """
+    eps = torch.finfo(cos.dtype).eps
+    square = (1 - cos) * (1 + cos)
+    return torch.where(square > eps, square.clamp(min=eps).sqrt(), torch.zeros_like(square))
+
+
+def combined_margin(cos: Tensor, m1: float = 1.0, m2: float = 0.0, m3: float = 0.0) -> Tensor:
+    """Eq. 3: f = cos(m1 θ + m3) − m2, of cosθ in any shape.
+
+    m1 > 1 is A-Softmax: past π the cosine would rise again, so it is continued downwards as
+    (−1)^k cos φ − 2k with k = floor(φ/π), φ = m1 θ + m3 (SphereFace, arXiv 1704.08063, section 3.2).
+    m2 is the margin of the cosine (AM-Softmax), m3 that of the angle (Arc-Softmax), as in this
+    paper; InsightFace numbers those two the other way round.
+    """
+    sin = sine(cos)
+    if m1 == 1.0:  # cos(θ + m3) by the addition theorem: no arccos, whose slope is infinite at 0
+        return cos * math.cos(m3) - sin * math.sin(m3) - m2
+    angle = m1 * torch.atan2(sin, cos) + m3
+    k = torch.floor(angle.detach() / math.pi)
+    sign = 1 - 2 * (k % 2)
+    return sign * torch.cos(angle) - 2 * k - m2
+
+
+def margin(f: str, cos: Tensor, m: float) -> Tensor:
+    """f(m, θ_y) of Eq. 3 for one of the names "cos", "A", "AM", "Arc"."""
+    if f == "cos":
+        return cos
+    if f == "A":
+        return combined_margin(cos, m1=m)
+    if f == "AM":
+        return combined_margin(cos, m2=m)
+    return combined_margin(cos, m3=m)
+
+
+def indicator(f: Tensor, cos: Tensor) -> Tensor:
+    """Eq. 5: I_k, True where f(m, θ_y) < cosθ_k. f (B, 1), cos (B, K) -> (B, K) bool; no gradient.
+
+    It also fires at k = y, where the target logit overwrites what it did.
+    """
+    return cos.detach() > f.detach()
+
+
+def emphasise(h: str, cos: Tensor, t: float | Tensor) -> Tensor:
+    """Eqs. 7 and 8: what a marked cosθ_k becomes; s times it is the exponent of h e^{s cosθ_k}."""
+    return cos + t if h == "fixed" else (1 + t) * cos + t
+
+
+def mine(g: str | None, losses: Tensor, gamma: float, hard_ratio: float) -> Tensor:
+    """Eqs. 2 and 4: the mean of g(p_y) L over the batch, from the losses L = −log p_y (B,).
+
+    HM: g = 1 for the hardest int(hard_ratio·B) samples (one at least), and the mean is over those.
+    F: g = (1 − p_y)^γ = (1 − e^{−L})^γ, and the gradient goes through g too, as in the authors' code.
+    """
+    if g == "HM":
+        return losses.topk(max(1, int(hard_ratio * len(losses)))).values.mean()
+    if g == "F":
+        return ((-torch.expm1(-losses)) ** gamma * losses).mean()
+    return losses.mean()
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Rows of x (N, D) at length 1. A row of length 0 stays 0 and gets no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1), 0)
+
+
+class MarginHead(nn.Module):
+    """The last layer of a face network and its loss: (B, D) embeddings and (B,) labels -> a scalar.
+
+    name           a key of LOSSES
+    embedding_dim  D; embeddings come in at any length and are normalised here
+    num_classes    K; the weight is (K, D) and is normalised here too
+    s, m, t        scale; margin (None: DEFAULT_MARGIN of the loss's f); strength of the emphasis,
+                   t >= 0, where 0 gives the plain margin loss. For the SV losses t = t_SV − 1
+    gamma          exponent of F-Softmax;  hard_ratio  share of the batch that HM-Softmax keeps
+    easy_margin    the target gets its margin only where cosθ_y > 0, as the authors' code does and
+                   their equations don't; the indicator keeps comparing with f(m, θ_y)
+    t_warmup       steps over which t grows linearly from 0, counted in training mode and kept in
+                   the state dict
+    annealing      A-Softmax only: f = (λ cosθ + f)/(1 + λ), λ = max(5, 1000 (1 + 1e-4 step)^−2), as
+                   in the authors' code
+    backend        "dense": the (B, K) logits in plain torch; "auto" picks a backend ("dense" is the
+                   only one so far)
+    check          look for labels out of range and for NaN in every batch, with one clear error; on
+                   a GPU that waits for the device, so long runs may turn it off
+
+    What a loss does not use is ignored, so that one call serves the whole table. Half-precision
+    embeddings are computed with in float32. Raises ValueError for arguments out of range, with the
+    known names for an unknown one.
+    """
+
+    weight: nn.Parameter
+    step: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float = 32.0,
+        m: float | None = None,
+        t: float = 0.2,
+        gamma: float = 2.0,
+        hard_ratio: float = 0.9,
+        easy_margin: bool = False,
+        t_warmup: int = 0,
+        annealing: bool = False,
+        backend: str = "auto",
+        check: bool = True,
+    ) -> None:
+        super().__init__()
+        if name not in LOSSES:
+            raise ValueError(f"unknown loss {name!r}; known are: {', '.join(LOSSES)}")
+        loss = LOSSES[name]
+        m = DEFAULT_MARGIN[loss.f] if m is None else m
+        least_m = 1.0 if loss.f == "A" else 0.0
+        for what, value, least in [
+            ("embedding_dim", embedding_dim, 1),
+            ("num_classes", num_classes, 2),
+            ("m", m, least_m),
+            ("t", t, 0),
+            ("gamma", gamma, 0),
+            ("t_warmup", t_warmup, 0),
+        ]:
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{what} of {name} must be a number >= {least:g}, got {value}")
+        if not (math.isfinite(s) and s > 0):
+            raise ValueError(f"s must be a number > 0, got {s}")
+        if not 0 < hard_ratio <= 1:
+            raise ValueError(f"hard_ratio must be in (0, 1], got {hard_ratio}")
+        if backend not in ("dense", "auto"):
+            raise ValueError(f"unknown backend {backend!r}; known are: dense, auto")
+        self.name, self.loss, self.backend = name, loss, "dense"
+        self.embedding_dim, self.num_classes = embedding_dim, num_classes
+        self.s, self.m, self.t, self.gamma, self.hard_ratio = s, m, t, gamma, hard_ratio
+        self.easy_margin, self.t_warmup = easy_margin, t_warmup
+        self.annealing, self.check = annealing and loss.f == "A", check
+        # Rows of about length 1: the step in the angle goes with 1/|w|², so the length matters.
+        self.weight = nn.Parameter(torch.randn(num_classes, embedding_dim) / math.sqrt(embedding_dim))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(B, D) floats and (B,) int64 labels -> the scalar loss."""
+        logits = self.logits(embeddings, labels)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if self.training and torch.is_grad_enabled():
+            self.step += 1
+        return mine(self.loss.g, losses, self.gamma, self.hard_ratio)
+
+    def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(B, K): s times the cosines, after the margin at k = y and the emphasis at marked k."""
+        self._check_inputs(embeddings, labels)
+        cos = self.cosines(embeddings)
+        target = cos.gather(1, labels[:, None])
+        f = self.margin(target)
+        if self.loss.h:
+            cos = torch.where(indicator(f, cos), emphasise(self.loss.h, cos, self.current_t()), cos)
+        if self.easy_margin:
+            f = torch.where(target > 0, f, target)
+        return self.s * cos.scatter(1, labels[:, None], f)
+
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """cosθ (B, K) of every embedding with every class weight, in float32 or float64."""
+        dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return normalise(embeddings.to(dtype)) @ normalise(self.weight.to(dtype)).T
+
+    def margin(self, target: Tensor) -> Tensor:
+        """f(m, θ_y) of the target cosines, in any shape."""
+        f = margin(self.loss.f, target, self.m)
+        if self.annealing:
+            lam = (1000 * (1 + 1e-4 * self.step) ** -2).clamp(min=5).to(f.dtype)
+            f = (lam * target + f) / (1 + lam)
+        return f
+
+    def current_t(self) -> float | Tensor:
+        """t at this step: itself, or its share during the warm-up."""
+        if self.t_warmup and self.training:
+            return self.t * (self.step / self.t_warmup).clamp(max=1).to(self.weight.dtype)
+        return self.t
+
+    def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
+        d, k = self.embedding_dim, self.num_classes
+        if embeddings.ndim != 2 or embeddings.shape[1] != d or not embeddings.is_floating_point():
+            raise ValueError(f"embeddings must be floats (B, {d}), got {embeddings.dtype} {tuple(embeddings.shape)}")
+        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64 or not len(labels):
+            raise ValueError(
+                f"labels must be int64 ({len(embeddings)},), one a row of embeddings and one at least, "
+                f"got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if not self.check or torch.compiler.is_compiling():
+            return
+        low, high = labels.aminmax()
+        if low < 0 or high >= k:
+            raise ValueError(f"labels must be in 0 … {k - 1}, got {int(low if low < 0 else high)}")
+        bad = ~embeddings.isfinite().all(dim=1)
+        if bad.any():
+            raise ValueError(
+                f"embeddings hold NaN or infinity in {int(bad.sum())} of {len(bad)} rows, "
+                f"first in row {int(bad.nonzero()[0])}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.embedding_dim} -> {self.num_classes}, s={self.s}, m={self.m}, t={self.t}"

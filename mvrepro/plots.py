@@ -1,0 +1,129 @@
+"""One style for every figure, and the plots that several notebooks share."""
+
+from collections.abc import Mapping, Sequence
+
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from mvrepro.losses import LOSSES
+from mvrepro.runs import by_seed
+from mvrepro.stats import mean_interval
+
+DPI = 150
+COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and the whole page of a two-column paper
+
+PROFILE_NOTES = {
+    "quick": "ORL faces, 20 people to train on and 20 others to test with, a small network; "
+    "it shows the machinery and the tendency, not the paper's scale",
+}
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; a marker for each, so that colour is not alone.
+COLOURS = {"cos": "#0072B2", "A": "#CC79A7", "AM": "#E69F00", "Arc": "#009E73"}
+MARKERS = {"–": "o", "fixed": "s", "adaptive": "D"}
+DASHES = {"–": "-", "fixed": "--", "adaptive": ":"}
+
+
+def use_style() -> None:
+    """Set the style of every figure: seaborn's ticks, fonts and sizes as in print."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind")
+    mpl.rcParams.update(
+        {
+            "figure.dpi": DPI,
+            "figure.constrained_layout.use": True,
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.labelsize": 9,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.hashsalt": "mvrepro",
+        }
+    )
+
+
+def look(loss: str) -> dict[str, object]:
+    """Colour, marker and line style of a loss: colour is its margin, the rest its emphasis."""
+    row = LOSSES[loss]
+    emphasis = row.h or "–"
+    return {"color": COLOURS[row.f], "marker": MARKERS[emphasis], "linestyle": DASHES[emphasis]}
+
+
+def metric_by_loss(ax: Axes, frame: pd.DataFrame, losses: Sequence[str], metric: str, label: str) -> pd.DataFrame:
+    """Each loss as a row: its seeds as small dots, the mean with its 95 % interval as a large one, in per cent.
+
+    frame: runs.table() narrowed to one run a loss and seed. Returns the means and ends drawn.
+    """
+    rows = []
+    for place, loss in enumerate(losses):
+        values = 100 * frame.loc[frame["loss"] == loss, metric].to_numpy()
+        estimate = mean_interval(values)
+        style = look(loss)
+        ax.plot(values, [place + 0.22] * len(values), ".", color=str(style["color"]), alpha=0.6, markersize=4)
+        ax.errorbar(
+            estimate.mean,
+            place,
+            xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
+            fmt=str(style["marker"]),
+            color=str(style["color"]),
+            capsize=2,
+            markersize=5,
+        )
+        rows.append({"loss": loss, "mean": estimate.mean, "low": estimate.low, "high": estimate.high})
+    ax.set_yticks(range(len(losses)), list(losses))
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+    return pd.DataFrame(rows)
+
+
+def paired_differences(
+    ax: Axes,
+    frame: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    metric: str,
+    label: str,
+    looks: Sequence[Mapping[str, object]] | None = None,
+) -> pd.DataFrame:
+    """Each pair (better, worse) as a row: better − worse of each seed as small dots, the mean with its 95 %
+    interval as a large mark, in points. looks: colour and marker of each row; None: the better loss's.
+
+    frame: runs.table(); of each loss its default t. Returns the means, ends and single differences drawn.
+    """
+    rows = []
+    for place, (better, worse) in enumerate(pairs):
+        difference = 100 * (by_seed(frame, metric, better) - by_seed(frame, metric, worse)).dropna()
+        estimate = mean_interval(difference)
+        style = looks[place] if looks else look(better)
+        colour = str(style["color"])
+        ax.plot(difference, [place + 0.25] * len(difference), ".", color=colour, alpha=0.6, markersize=4)
+        ends = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
+        ax.errorbar(estimate.mean, place, xerr=ends, fmt=str(style["marker"]), color=colour, capsize=2, markersize=5)
+        row = {"better": better, "worse": worse, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+        rows.append(row | {"seeds": list(difference)})
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [f"{better} − {worse}" for better, worse in pairs])
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+    return pd.DataFrame(rows)
+
+
+def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mapping[str, Any]) -> list[float]:
+    """A column of runs.curves() against the epoch: the mean over seeds as a line, lowest to highest as a
+    band. Returns the means drawn."""
+    by_epoch = curves.groupby("epoch")[column]
+    mean, low, high = by_epoch.mean(), by_epoch.min(), by_epoch.max()
+    ax.plot(mean.index, mean, label=label, markevery=4, markersize=4, linewidth=1.2, **style)
+    ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    ax.set_xlabel("epoch")
+    return list(mean)
+
+
+def new_figure(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float = 2.6):  # type: ignore[no-untyped-def]
+    """plt.subplots in the project's sizes (inches)."""
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False)

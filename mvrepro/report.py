@@ -1,0 +1,179 @@
+"""What every report notebook uses: the box at its top, figures with their data, tables, recorded values.
+
+A notebook begins with `report = Report("04", profile)`. Under `make validate` (MVREPRO_VALIDATE=1)
+nothing is written: what would be written is compared with what is committed, and a difference is an error.
+"""
+
+import ast
+import hashlib
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
+
+from mvrepro import claims, plots
+from mvrepro.errors import UserError
+from mvrepro.files import RESULTS, ROOT, display as shown, read_json, write_atomic, write_json
+
+KINDS = ("exact", "training")
+
+
+class Report:
+    """One notebook's place in results/. notebook: its two digits; profile: such as "quick"."""
+
+    def __init__(self, notebook: str, profile: str) -> None:
+        self.notebook, self.profile = notebook, profile
+        self.validating = os.environ.get("MVREPRO_VALIDATE") == "1"
+        plots.use_style()
+
+    def header(self, *, section: str, equations: str, tested: str, run_time: str) -> None:
+        """The box at the top: the section of the paper, its equations, what is tested, the verdicts so
+        far, and how long the notebook takes. All strings are Markdown."""
+        verdicts = claims.evaluate(self.profile, self.notebook)
+        lines = [
+            "| | |",
+            "| --- | --- |",
+            f"| **Section of the paper** | {section} |",
+            f"| **Equations** | {equations} |",
+            f"| **Tested here** | {tested} |",
+            f"| **Profile** | `{self.profile}`: {plots.PROFILE_NOTES.get(self.profile, '')} |",
+        ]
+        # Claims about exact values are judged at the end of the notebook that computes them.
+        lines += [f"| **{v.verdict}** | {v.claim}: {v.found} |" for v in verdicts if "value" not in v.numbers]
+        lines.append(f"| **Run time** | {run_time} |")
+        display(Markdown("\n".join(lines)))
+
+    def verdicts(self) -> None:
+        """The verdicts of this notebook's claims, as a table."""
+        self.table(claim_table(claims.evaluate(self.profile, self.notebook)))
+
+    def figure(self, figure: Figure, name: str, data: Mapping[str, Any], *, alt: str, kind: str) -> None:
+        """Show a figure and save it as results/figures/<profile>/<name>.png, with the data behind it and
+        its hash in <name>.json. kind "exact": pure mathematics; "training": out of runs."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=plots.DPI, metadata={"Software": None})
+        plt.close(figure)
+        png = buffer.getvalue()
+        record = {
+            "kind": _known(kind),
+            "alt": alt,
+            "sha256": hashlib.sha256(png).hexdigest(),
+            "data": _plain(data),
+        }
+        folder = RESULTS / "figures" / self.profile
+        if self.validating:
+            committed = self._compare(folder / f"{name}.json", record, ignore={"sha256"})
+            png = (folder / f"{name}.png").read_bytes()
+            if hashlib.sha256(png).hexdigest() != committed["sha256"]:
+                raise UserError(f"{shown(folder / name)}.png is not the picture that {name}.json records")
+        else:
+            write_atomic(folder / f"{name}.png", png)
+            write_json(folder / f"{name}.json", record)
+        width = round(figure.get_figwidth() * 100)
+        display(
+            Image(data=png, format="png", width=width, alt=alt), metadata={"image/png": {"alt": alt, "width": width}}
+        )
+
+    def record(self, name: str, values: Mapping[str, float | int | str], *, kind: str) -> None:
+        """Save named values as results/values/<profile>/<name>.json, where claims and readers find them."""
+        record = {"kind": _known(kind), "notebook": self.notebook, "values": _plain(values)}
+        path = RESULTS / "values" / self.profile / f"{name}.json"
+        if self.validating:
+            self._compare(path, record)
+        else:
+            write_json(path, record)
+
+    def table(self, frame: pd.DataFrame) -> None:
+        """Show a table without its index; cells are printed as they are, so format them first."""
+        columns = [str(c) for c in frame.columns]
+        rows = [[str(cell).replace("|", "\\|") for cell in row] for row in frame.itertuples(index=False)]
+        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        display(Markdown("\n".join(lines)))
+
+    def _compare(self, path: Any, record: Mapping[str, Any], ignore: frozenset[str] | set[str] = frozenset()) -> Any:
+        if not path.is_file():
+            raise UserError(f"{shown(path)} is missing: `make reproduce` writes it")
+        committed = read_json(path)
+        for key in record.keys() - ignore:
+            difference = first_difference(committed.get(key), record[key], key)
+            if difference:
+                raise UserError(f"{shown(path)} is not what this notebook computes: {difference}")
+        return committed
+
+
+def claim_table(verdicts: list[claims.Verdict]) -> pd.DataFrame:
+    """The table of claims as readers see it."""
+    return pd.DataFrame(
+        {
+            "Claim": [v.claim for v in verdicts],
+            "Source": [f"{v.source} ({v.mark})" for v in verdicts],
+            "Verdict": [f"**{v.verdict}**" for v in verdicts],
+            "Found": [v.found for v in verdicts],
+            "Notebook": [v.notebook for v in verdicts],
+        }
+    )
+
+
+def contents(folder: Path = ROOT / "notebooks") -> pd.DataFrame:
+    """The notebooks that exist: each title as a link, with the section of the paper that its header names."""
+    rows = []
+    for path in sorted(folder.glob("[0-9]*.ipynb")):
+        cells = read_json(path)["cells"]
+        title = "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        keywords = [n for text in code for n in ast.walk(ast.parse(text)) if isinstance(n, ast.keyword)]
+        sections = [ast.literal_eval(k.value) for k in keywords if k.arg == "section"]
+        rows.append((path.stem[:2], f"[{title}]({path.name})", sections[0] if sections else "–"))
+    return pd.DataFrame(rows, columns=["Notebook", "Title", "Section of the paper"])
+
+
+def first_difference(old: Any, new: Any, where: str, tolerance: float = 1e-6) -> str:
+    """ "" where both hold the same: numbers within tolerance (relative, or absolute below 1), all else exactly."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        parts = [(old[k], new[k], f"{where}.{k}") for k in old]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = [(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    elif isinstance(old, float | int) and isinstance(new, float | int) and type(old) is not bool:
+        same = old == new or abs(old - new) <= tolerance * max(1.0, abs(old))
+        return "" if same else f"{where} is {old!r} there and {new!r} here"
+    else:
+        return "" if old == new else f"{where} is {old!r} there and {new!r} here"
+    return next((text for text in (first_difference(*part, tolerance) for part in parts) if text), "")
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.573 -> "57.3"."""
+    return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    return kind
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and frames as lists, so that JSON holds the data; NaN as null."""
+    if isinstance(value, pd.DataFrame):
+        return _plain(value.to_dict("list"))
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.9g}")
+    return value
+
+
+mpl.use("Agg")

@@ -1,0 +1,71 @@
+"""Reading what training wrote: results/runs/<profile>/*.json as tables."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mvrepro.errors import UserError
+from mvrepro.files import RESULTS, display, read_json
+from mvrepro.losses import LOSSES
+
+
+def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The records of all runs of a profile, sorted by file name. Raises UserError where there are none."""
+    here = folder / "runs" / profile
+    paths = sorted(here.glob("*.json"))
+    if not paths:
+        raise UserError(f"no runs in {display(here)}: `make reproduce PROFILE={profile}` makes them")
+    return [read_json(path) for path in paths]
+
+
+def table(profile: str, folder: Path = RESULTS) -> pd.DataFrame:
+    """One row a run: loss, f, h, g, t (0 where the loss has no emphasis), seed, embedding_dim, and a
+    column a metric (shares in [0, 1]); sorted by the order of LOSSES, then t, then seed."""
+    rows = []
+    for record in records(profile, folder):
+        config, row = record["config"], LOSSES[record["config"]["loss"]]
+        rows.append(
+            {
+                "loss": config["loss"],
+                "f": row.f,
+                "h": row.h or "–",
+                "g": row.g or "–",
+                "t": config["t"] if row.h else 0.0,
+                "seed": config["seed"],
+                "embedding_dim": config["embedding_dim"],
+                **record["metrics"],
+            }
+        )
+    frame = pd.DataFrame(rows)
+    frame["loss"] = pd.Categorical(frame["loss"], categories=list(LOSSES), ordered=True)
+    frame = frame.sort_values(["loss", "t", "seed"], kind="stable").reset_index(drop=True)
+    frame["loss"] = frame["loss"].astype(str)
+    return frame
+
+
+def curves(profile: str, folder: Path = RESULTS) -> pd.DataFrame:
+    """One row an epoch of a run: loss, t (0 where the loss has no emphasis), seed, epoch (from 1), and the
+    columns of the curve, whose "loss" is called training_loss here."""
+    parts = []
+    for record in records(profile, folder):
+        config = dict(record["config"])
+        config["t"] = config["t"] if LOSSES[config["loss"]].h else 0.0
+        part = pd.DataFrame(record["curve"])
+        part = part.rename(columns={"loss": "training_loss"})
+        part.insert(0, "epoch", range(1, len(part) + 1))
+        for name in ("seed", "t", "loss"):
+            part.insert(0, name, config[name])
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def by_seed(frame: pd.DataFrame, metric: str, loss: str, t: float | None = None) -> pd.Series:
+    """The metric of one loss indexed by seed; t None: its default run (0.2, or 0 without emphasis).
+    Raises UserError where a seed has two such runs, since nothing says which of them counts."""
+    if t is None:
+        t = 0.2 if LOSSES[loss].h else 0.0
+    chosen = frame[(frame["loss"] == loss) & ((frame["t"] - t).abs() < 1e-9)]
+    if chosen["seed"].duplicated().any():
+        raise UserError(f"two runs of {loss} have the same t and seed: keep one of their files in results/runs")
+    return chosen.set_index("seed")[metric].sort_index()

@@ -1,0 +1,26 @@
+"""Every notebook of the project obeys the rules of mvrepro.nbcheck; nothing is executed here."""
+
+from pathlib import Path
+
+import pytest
+
+from mvrepro.nbcheck import executed_problems, source_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTED = sorted((ROOT / "results" / "executed").glob("*/*.ipynb"))
+
+
+def test_there_are_notebooks() -> None:
+    assert SOURCES, "notebooks/ has no notebook, so there is nothing to reproduce"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_source_notebook(path: Path) -> None:
+    assert source_problems(path) == []
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_executed_notebook(path: Path) -> None:
+    figures = ROOT / "results" / "figures" / path.parent.name
+    assert executed_problems(path, ROOT / "notebooks" / path.name, figures) == []

@@ -1,0 +1,153 @@
+"""dvc.yaml says what each stage depends on; these tests say whether it says the truth."""
+
+import ast
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mvrepro.pipeline import Memory, Pipeline, Stage
+
+ROOT = Path(__file__).resolve().parent.parent
+# The door computes nothing: it only picks the command.
+DOOR = {"mvrepro/__init__.py", "mvrepro/__main__.py", "mvrepro/commands/__init__.py"}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline()
+
+
+def imported(source: str) -> set[str]:
+    """The files of mvrepro that a source imports, anywhere in it (type-checking blocks excepted)."""
+    found = set()
+    tree = ast.parse(source)
+    skip = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skip:
+            continue
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mvrepro"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            path = ROOT / (name.replace(".", "/") + ".py")
+            if path.is_file():
+                found.add(str(path.relative_to(ROOT)))
+    return found
+
+
+def closure(files: set[str]) -> set[str]:
+    """These files and all of mvrepro that they import, directly or not."""
+    seen: set[str] = set()
+    todo = list(files)
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += imported((ROOT / file).read_text(encoding="utf-8"))
+    return seen - DOOR
+
+
+def code_behind(stage: Stage) -> set[str]:
+    words = stage.command.split()
+    command = words[3]
+    files = closure({f"mvrepro/commands/{command}.py"})
+    if command == "notebook":
+        (source,) = (ROOT / "notebooks").glob(f"{words[4]}-*.ipynb")
+        cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        files |= closure(imported(code))
+    return files
+
+
+def test_stages_depend_on_the_code_that_they_run(pipeline):
+    wrong = {}
+    for stage in pipeline.stages.values():
+        declared = {str(p.relative_to(ROOT)) for p in stage.reads if p.suffix == ".py"}
+        if declared != code_behind(stage):
+            wrong[stage.name] = sorted(declared ^ code_behind(stage))
+    assert not wrong, "dvc.yaml and the imports differ in these files: " + str(wrong)
+
+
+def test_every_notebook_has_a_stage_that_reads_its_source(pipeline):
+    for source in (ROOT / "notebooks").glob("*.ipynb"):
+        assert any(source in stage.reads for stage in pipeline.stages.values()), source.name
+
+
+def test_every_committed_result_is_the_output_of_a_stage(pipeline):
+    written = {path for stage in pipeline.stages.values() for path in stage.writes}
+    present = {p for p in (ROOT / "results").rglob("*") if p.is_file() and not p.name.startswith(".writing-")}
+    assert present <= written, sorted(str(p.relative_to(ROOT)) for p in present - written)
+
+
+def test_outputs_are_kept_in_git_and_not_in_a_cache():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for name, stage in stages.items():
+        for out in stage["outs"]:
+            assert isinstance(out, dict) and list(out.values()) == [{"cache": False}], (name, out)
+
+
+def test_analytics_are_off():
+    config = (ROOT / ".dvc" / "config").read_text(encoding="utf-8")
+    assert "analytics = false" in config
+
+
+def test_a_plot_helper_is_behind_reports_and_behind_no_training(pipeline):
+    behind = {s.name for s in pipeline.stages.values() if ROOT / "mvrepro" / "plots.py" in s.reads}
+    assert "quick-04" in behind
+    assert not [name for name in behind if "@" in name]
+
+
+def test_the_losses_are_behind_every_training(pipeline):
+    losses = ROOT / "mvrepro" / "losses.py"
+    assert all(losses in s.reads for s in pipeline.stages.values() if "train" in s.command.split())
+
+
+def test_memory_knows_a_stage_by_content_not_by_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("mvrepro.pipeline.COMPUTED", tmp_path / "computed.json")
+    source, result = tmp_path / "in.py", tmp_path / "out.json"
+    source.write_text("1")
+    result.write_text("1")
+    stage = Stage("s", "command", (source,), ("quick.train",), (result,))
+    memory = Memory()
+    assert not memory.has(stage)
+    memory.remember(stage)
+    assert Memory().has(stage)
+    source.touch()
+    assert Memory().has(stage)
+    result.write_text("2")
+    assert not Memory().has(stage), "a result that somebody changed is not one computed here"
+    result.write_text("1")
+    source.write_text("2")
+    assert not Memory().has(stage)
+
+
+def test_environment_yml_and_lock_agree():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-r requirements.lock"]
+    assert "python=3.11" in conda["dependencies"]
+    pins = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
+    assert all("==" in pin and "@" not in pin for pin in pins)
+    locked = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    asked = (ROOT / "requirements.in").read_text().splitlines()
+    assert {a.split("==")[0] for a in asked if a and a[0] != "#"} <= locked
+    assert "torchvision" not in locked
+
+
+def test_git_holds_no_photograph_and_no_large_file():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert not [f for f in tracked if f.lower().endswith((".jpg", ".jpeg", ".pgm", ".bmp"))]
+    large = [f for f in tracked if f and (ROOT / f).is_file() and (ROOT / f).stat().st_size > 2 * 2**20]
+    assert not large

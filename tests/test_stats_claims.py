@@ -1,0 +1,375 @@
+"""mvrepro.stats, mvrepro.runs and mvrepro.claims: from made-up runs to the verdicts that follow from them."""
+
+import json
+from itertools import count
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from scipy import stats as scipy_stats
+
+from mvrepro import claims, plots, published, report, runs
+from mvrepro.errors import UserError
+from mvrepro.losses import LOSSES
+from mvrepro.stats import detectable_difference, holm, mean_interval, paired_difference
+
+METRIC = "tpr@fpr=0.01"
+
+# --- stats ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_paired_difference_is_the_paired_t_test(seed, n):
+    generator = np.random.default_rng(seed)
+    a, b = generator.normal(0.6, 0.1, n), generator.normal(0.5, 0.1, n)
+    ours, theirs = paired_difference(a, b), scipy_stats.ttest_rel(a, b, alternative="greater")
+    both_sides = scipy_stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert ours.n == n
+    assert (ours.mean, ours.p) == pytest.approx((np.mean(a - b), theirs.pvalue), rel=1e-9)
+    assert (ours.low, ours.high) == pytest.approx((both_sides.low, both_sides.high), rel=1e-9)
+
+
+def test_a_wider_confidence_is_a_wider_interval():
+    narrow, wide = mean_interval([1, 2, 4], 0.8), mean_interval([1, 2, 4], 0.99)
+    assert wide.low < narrow.low < narrow.mean == wide.mean < narrow.high < wide.high
+
+
+def test_one_value_has_a_mean_and_no_interval():
+    one = mean_interval([0.5])
+    assert (one.mean, one.n) == (0.5, 1)
+    assert np.isnan([one.low, one.high, one.p]).all()
+
+
+@pytest.mark.parametrize(("value", "p"), [(0.25, 0.0), (0.0, 1.0), (-0.25, 1.0)])
+def test_equal_values_need_no_test(value, p):
+    same = mean_interval([value] * 4)
+    assert (same.low, same.mean, same.high, same.p) == (value, value, value, p)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, np.nan], [np.inf], [[1.0, 2.0]]])
+def test_values_must_be_finite_numbers(values):
+    with pytest.raises(ValueError, match="finite numbers"):
+        mean_interval(values)
+
+
+def test_pairs_must_match():
+    with pytest.raises(ValueError, match=r"one to one, got \(2,\) and \(3,\)"):
+        paired_difference([1, 2], [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("ps", "adjusted"),
+    [
+        ([], []),
+        ([0.03], [0.03]),
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4·0.005, 3·0.01, 2·0.03, and not below the last
+        ([0.5, 0.6], [1.0, 1.0]),
+        ([0.02, 0.02, 0.02], [0.06, 0.06, 0.06]),
+    ],
+)
+def test_holm_by_hand(ps, adjusted):
+    assert holm(ps) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize(("n", "power", "level"), [(3, 0.8, 0.05), (3, 0.5, 0.0125), (10, 0.9, 0.05)])
+def test_the_detectable_difference_is_detected_that_often(n, power, level):
+    generator = np.random.default_rng(1)
+    spread = 0.04
+    seen = np.linspace(-1, 1, n)
+    seen *= spread / seen.std(ddof=1)
+    truth = detectable_difference(seen, power, level)
+    trials = generator.normal(truth, spread, (40_000, n))
+    found = scipy_stats.ttest_1samp(trials, 0, axis=1, alternative="greater").pvalue < level
+    assert found.mean() == pytest.approx(power, abs=0.01)
+
+
+def test_the_detectable_difference_grows_with_the_spread_alone():
+    once = detectable_difference([0.1, 0.2, 0.4])
+    assert detectable_difference([0.2, 0.4, 0.8]) == pytest.approx(2 * once)
+    assert detectable_difference([5.1, 5.2, 5.4]) == pytest.approx(once)
+    assert detectable_difference([0.3, 0.3]) == 0
+    with pytest.raises(ValueError, match="two differences"):
+        detectable_difference([0.1])
+
+
+# --- made-up runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def add(tmp_path):
+    """add(loss, [metric of seed 0, of seed 1, …], t): records of runs in tmp_path."""
+    number = count()
+    (tmp_path / "runs" / "made-up").mkdir(parents=True)
+
+    def write(loss, values, t=0.2, metric=METRIC):
+        for seed, value in enumerate(values):
+            record = {
+                "config": {"loss": loss, "t": t, "seed": seed, "embedding_dim": 8},
+                "metrics": {metric: value},
+                "curve": {"loss": [3.0, 2.0], "marked_share": [0.5, 0.25]},
+            }
+            path = tmp_path / "runs" / "made-up" / f"{next(number):03d}.json"
+            path.write_text(json.dumps(record), encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """judge(claim, …) -> the verdicts on the runs in tmp_path, by claim id."""
+
+    def evaluate(*rows, notebook=None):
+        base = {"notebook": "04", "claim": "made up", "source": "nobody", "mark": "D"}
+        monkeypatch.setattr(claims, "load", lambda: [base | row for row in rows])
+        return {v.id: v for v in claims.evaluate("made-up", notebook, tmp_path)}
+
+    return evaluate
+
+
+def greater(id_="g", better="AM-Softmax", worse="Softmax", family="one", **more):
+    row = {"id": id_, "rule": "greater", "better": better, "worse": worse, "family": family, "metric": METRIC}
+    return row | more
+
+
+# --- runs -----------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_runs_is_in_the_order_of_the_losses(add, tmp_path):
+    add("MV-AM-Softmax-a", [0.7], t=0.3)
+    add("MV-AM-Softmax-a", [0.6, 0.65], t=0.1)
+    add("AM-Softmax", [0.5])
+    add("HM-Softmax", [0.4])
+    frame = runs.table("made-up", tmp_path)
+    assert list(frame["loss"]) == ["HM-Softmax", "AM-Softmax", *["MV-AM-Softmax-a"] * 3]
+    assert list(frame["t"]) == [0.0, 0.0, 0.1, 0.1, 0.3]
+    assert list(frame[METRIC]) == [0.4, 0.5, 0.6, 0.65, 0.7]
+    assert list(frame["h"]) == ["–", "–", *["adaptive"] * 3]
+    assert list(frame["g"]) == ["HM", *["–"] * 4]
+
+
+def test_by_seed_takes_the_default_t_or_the_one_asked_for(add, tmp_path):
+    add("MV-AM-Softmax-f", [0.7, 0.8])
+    add("MV-AM-Softmax-f", [0.1, 0.2], t=0.5)
+    frame = runs.table("made-up", tmp_path)
+    assert runs.by_seed(frame, METRIC, "MV-AM-Softmax-f").to_dict() == {0: 0.7, 1: 0.8}
+    assert runs.by_seed(frame, METRIC, "MV-AM-Softmax-f", 0.5).to_dict() == {0: 0.1, 1: 0.2}
+    assert runs.by_seed(frame, METRIC, "Softmax").empty
+
+
+def test_two_runs_of_the_same_are_an_error(add, tmp_path):
+    add("Softmax", [0.5])
+    add("Softmax", [0.6])
+    with pytest.raises(UserError, match="two runs of Softmax"):
+        runs.by_seed(runs.table("made-up", tmp_path), METRIC, "Softmax")
+
+
+def test_curves_have_a_row_an_epoch(add, tmp_path):
+    add("AM-Softmax", [0.5])
+    add("MV-AM-Softmax-f", [0.5], t=0.3)
+    frame = runs.curves("made-up", tmp_path)
+    assert frame.to_dict("list") == {
+        "loss": ["AM-Softmax"] * 2 + ["MV-AM-Softmax-f"] * 2,
+        "t": [0.0, 0.0, 0.3, 0.3],
+        "seed": [0] * 4,
+        "epoch": [1, 2] * 2,
+        "training_loss": [3.0, 2.0] * 2,
+        "marked_share": [0.5, 0.25] * 2,
+    }
+
+
+def test_no_runs_says_what_makes_them(tmp_path):
+    with pytest.raises(UserError, match="make reproduce PROFILE=made-up"):
+        runs.records("made-up", tmp_path)
+
+
+# --- greater --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("better", "verdict"),
+    [
+        ([0.60, 0.71, 0.79], claims.REPRODUCED),
+        ([0.52, 0.75, 0.70], claims.QUALITATIVELY),
+        ([0.50, 0.60, 0.70], claims.NOT_REPRODUCED),  # equal is not better
+        ([0.40, 0.50, 0.60], claims.NOT_REPRODUCED),
+    ],
+)
+def test_greater(add, judge, better, verdict):
+    add("Softmax", [0.5, 0.6, 0.7])
+    add("AM-Softmax", better)
+    found = judge(greater())["g"]
+    assert found.verdict == verdict
+    assert found.numbers["difference"] == pytest.approx(np.mean(better) - 0.6)
+    assert found.numbers["seeds"] == 3
+    assert "3 seeds" in found.found and f"{100 * (np.mean(better) - 0.6):+.1f} points" in found.found
+    assert found.command == "make reproduce PROFILE=made-up NB=04"
+
+
+def test_greater_needs_seeds_that_both_losses_have(add, judge):
+    add("Softmax", [0.5, 0.6])
+    add("AM-Softmax", [0.6, 0.8, 0.79])
+    found = judge(greater(), greater("two", min_seeds=2), greater("why", why="no time"))
+    assert [v.verdict for v in found.values()] == [claims.NOT_TESTED, claims.QUALITATIVELY, claims.NOT_TESTED]
+    assert found["why"].found == "no time"
+    assert found["g"].numbers == {}
+
+
+def test_greater_takes_the_default_t(add, judge):
+    add("AM-Softmax", [0.5, 0.6, 0.7])
+    add("MV-AM-Softmax-a", [0.4, 0.5, 0.6])
+    add("MV-AM-Softmax-a", [0.9, 0.95, 0.99], t=0.5)
+    assert judge(greater(better="MV-AM-Softmax-a", worse="AM-Softmax"))["g"].verdict == claims.NOT_REPRODUCED
+
+
+def test_holm_counts_the_whole_family_whichever_notebook_asks(add, judge):
+    add("Softmax", [0.5, 0.6, 0.7])
+    add("AM-Softmax", [0.60, 0.72, 0.77])
+    alone = judge(greater())["g"].numbers["adjusted_p"]
+    rows = [greater(), greater("h", notebook="05"), greater("i", family="other"), greater("j", worse="HM-Softmax")]
+    family = judge(*rows, notebook="04")
+    assert set(family) == {"g", "i", "j"}
+    assert family["g"].numbers["adjusted_p"] == pytest.approx(2 * alone)
+    assert family["i"].numbers["adjusted_p"] == pytest.approx(alone)
+    assert family["j"].verdict == claims.NOT_TESTED  # and, untested, is not counted
+
+
+def test_holm_can_take_a_verdict_away(add, judge):
+    add("Softmax", [0.5, 0.6, 0.7])
+    add("AM-Softmax", [0.60, 0.73, 0.76])
+    assert judge(greater())["g"].verdict == claims.REPRODUCED
+    many = judge(*(greater(str(i)) for i in range(4)))
+    assert {v.verdict for v in many.values()} == {claims.QUALITATIVELY}
+
+
+# --- bound ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        (1e-12, claims.REPRODUCED),
+        (1e-9, claims.REPRODUCED),
+        (1e-8, claims.NOT_REPRODUCED),
+        (None, claims.NOT_REPRODUCED),  # how NaN is recorded
+    ],
+)
+def test_bound(tmp_path, judge, value, verdict):
+    (tmp_path / "values" / "made-up").mkdir(parents=True)
+    record = {"values": {"error": value}}
+    (tmp_path / "values" / "made-up" / "derivations.json").write_text(json.dumps(record), encoding="utf-8")
+    found = judge({"id": "b", "rule": "bound", "value": "derivations:error", "bound": 1e-9})["b"]
+    assert found.verdict == verdict
+    assert found.numbers == {"value": value, "bound": 1e-9}
+    assert found.artifact == "results/values/made-up/derivations.json"
+
+
+@pytest.mark.parametrize("content", [None, '{"values": {"other": 1.0}}'])
+def test_bound_without_its_value(tmp_path, judge, content):
+    (tmp_path / "values" / "made-up").mkdir(parents=True)
+    if content:
+        (tmp_path / "values" / "made-up" / "derivations.json").write_text(content, encoding="utf-8")
+    found = judge({"id": "b", "rule": "bound", "value": "derivations:error", "bound": 1e-9})["b"]
+    assert (found.verdict, found.found, found.numbers) == (claims.NOT_TESTED, "not computed yet", {})
+
+
+# --- argmax, untested, unknown ----------------------------------------------------------------------------
+
+BEST_T = {
+    "id": "t", "rule": "argmax", "metric": METRIC, "losses": ["MV-AM-Softmax-f", "MV-AM-Softmax-a"], "range": [0.2, 0.3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("means", "best", "verdict"),
+    [
+        ({0.1: 0.5, 0.2: 0.7, 0.3: 0.6}, 0.2, claims.QUALITATIVELY),
+        ({0.1: 0.5, 0.3: 0.6}, 0.3, claims.QUALITATIVELY),
+        ({0.1: 0.8, 0.2: 0.7, 0.3: 0.6}, 0.1, claims.NOT_REPRODUCED),
+    ],
+)
+def test_argmax(add, judge, means, best, verdict):
+    for t, mean in means.items():
+        add("MV-AM-Softmax-f", [mean - 0.2, mean - 0.1], t)
+        add("MV-AM-Softmax-a", [mean + 0.1, mean + 0.2], t)
+    add("MV-AM-Softmax-f", [0.99, 0.99], 0.5)  # no run of the other loss at this t: it can't win
+    add("AM-Softmax", [0.99, 0.99])
+    found = judge(BEST_T)["t"]
+    assert (found.verdict, found.numbers) == (verdict, {"best_t": best})
+    assert found.found == f"best mean at t = {best:g}"
+
+
+def test_argmax_needs_a_choice(add, judge):
+    add("MV-AM-Softmax-f", [0.5], 0.2)
+    add("MV-AM-Softmax-a", [0.5], 0.2)
+    assert judge(BEST_T)["t"].verdict == claims.NOT_TESTED
+
+
+def test_untested_gives_its_reason(add, judge):
+    add("Softmax", [0.5])
+    found = judge({"id": "u", "rule": "untested", "why": "needs GPUs"})["u"]
+    assert (found.verdict, found.found, found.numbers) == (claims.NOT_TESTED, "needs GPUs", {})
+
+
+def test_no_runs_at_all_tests_nothing(judge):
+    found = judge(greater(), BEST_T, {"id": "u", "rule": "untested", "why": "needs GPUs"})
+    assert {v.verdict for v in found.values()} == {claims.NOT_TESTED}
+
+
+def test_unknown_rule(judge):
+    with pytest.raises(UserError, match="claim x: unknown rule 'bigger'"):
+        judge({"id": "x", "rule": "bigger"})
+
+
+def test_the_project_s_claims_are_well_formed():
+    rows = claims.load()
+    needed = {
+        "bound": {"value", "bound"},
+        "greater": {"family", "better", "worse", "metric"},
+        "argmax": {"losses", "metric", "range"},
+        "untested": {"why"},
+    }
+    assert len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        assert {"id", "notebook", "claim", "source", "mark"} | needed[row["rule"]] <= row.keys()
+        assert row["mark"] in published.marks()
+        names = [row[side] for side in ("better", "worse") if side in row] + row.get("losses", [])
+        assert set(names) <= set(LOSSES)
+
+
+# --- what readers see of it -------------------------------------------------------------------------------
+
+
+def test_paired_differences_are_drawn_in_points(add, tmp_path):
+    add("Softmax", [0.5, 0.6, 0.7])
+    add("AM-Softmax", [0.60, 0.72, 0.77, 0.9])
+    frame = runs.table("made-up", tmp_path)
+    ax = Figure().subplots()
+    drawn = plots.paired_differences(ax, frame, [("AM-Softmax", "Softmax")], METRIC, "points")
+    expected = paired_difference([60, 72, 77], [50, 60, 70])
+    assert drawn.loc[0, "seeds"] == pytest.approx([10, 12, 7])
+    assert list(drawn.loc[0, ["mean", "low", "high"]]) == pytest.approx([expected.mean, expected.low, expected.high])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["AM-Softmax − Softmax"]
+
+
+def test_a_curve_is_the_mean_over_seeds():
+    ax = Figure().subplots()
+    frame = pd.DataFrame({"epoch": [1, 2, 1, 2], "training_loss": [4.0, 2.0, 2.0, 1.0]})
+    assert plots.curve(ax, frame, "training_loss", "AM-Softmax", plots.look("AM-Softmax")) == [3.0, 1.5]
+
+
+def test_contents_lists_the_notebooks_that_exist(tmp_path):
+    header = 'report.header(\n    section="4.2: margins, "\n    "again",\n    tested="x",\n)'
+    cells = [
+        {"cell_type": "markdown", "source": ["# A claim\n", "and text"]},
+        {"cell_type": "code", "source": "profile: str = 'quick'"},
+        {"cell_type": "code", "source": header},
+    ]
+    (tmp_path / "04-margins.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    (tmp_path / "01-losses.ipynb").write_text(json.dumps({"cells": cells[:2]}), encoding="utf-8")
+    (tmp_path / "scratch.ipynb").write_text("{}", encoding="utf-8")
+    assert [tuple(row) for row in report.contents(tmp_path).itertuples(index=False)] == [
+        ("01", "[A claim](01-losses.ipynb)", "–"),
+        ("04", "[A claim](04-margins.ipynb)", "4.2: margins, again"),
+    ]

@@ -130,14 +130,16 @@ def mine(g: str | None, losses: Tensor, gamma: float, hard_ratio: float) -> Tens
     if g == "HM":
         return losses.topk(max(1, int(hard_ratio * len(losses)))).values.mean()
     if g == "F":
-        return ((-torch.expm1(-losses)) ** gamma * losses).mean()
+        # At L = 0 the product is 0 whatever g is; g = 1 there keeps an infinite slope (γ < 1) out of it.
+        miss = torch.where(losses > 0, -torch.expm1(-losses), 1)
+        return (miss**gamma * losses).mean()
     return losses.mean()
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Rows of x (N, D) at length 1. A row of length 0 stays 0 and gets no gradient."""
+    """Rows of x (N, D) at length 1. A row whose squared length rounds to 0 becomes 0 and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return torch.where(norm > 0, x / torch.where(norm > 0, norm, 1), 0)
+    return torch.where(norm == 0, 0, x / torch.where(norm == 0, 1, norm))
 
 
 class MarginHead(nn.Module):
@@ -221,7 +223,7 @@ class MarginHead(nn.Module):
         logits = self.logits(embeddings, labels)
         losses = F.cross_entropy(logits, labels, reduction="none")
         if self.training and torch.is_grad_enabled():
-            self.step += 1
+            self.step = self.step + 1  # not in place: torch.compile recomputes from it in the backward pass
         return mine(self.loss.g, losses, self.gamma, self.hard_ratio)
 
     def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -270,10 +272,11 @@ class MarginHead(nn.Module):
         low, high = labels.aminmax()
         if low < 0 or high >= k:
             raise ValueError(f"labels must be in 0 … {k - 1}, got {int(low if low < 0 else high)}")
-        bad = ~embeddings.isfinite().all(dim=1)
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        bad = ~torch.linalg.vector_norm(embeddings.detach(), dim=1, dtype=dtype).isfinite()
         if bad.any():
             raise ValueError(
-                f"embeddings hold NaN or infinity in {int(bad.sum())} of {len(bad)} rows, "
+                f"embeddings hold NaN, infinity or a length beyond {dtype} in {int(bad.sum())} of {len(bad)} rows, "
                 f"first in row {int(bad.nonzero()[0])}"
             )
 

@@ -6,12 +6,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jupyter_client.manager import AsyncKernelManager
+
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, ROOT, TEMPORARY, write_atomic
 
 NOTEBOOKS = ROOT / "notebooks"
 CELL_TIMEOUT_S = 300
+
+
+class SocketKernelManager(AsyncKernelManager):  # type: ignore[misc]
+    """A kernel that talks over Unix sockets: no port to collide over when notebooks run side by side."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "transport": "ipc"})
 
 
 def find(name: str) -> Path:
@@ -55,8 +64,7 @@ def execute(source: Path, profile: str, parameters: dict[str, Any] | None = None
                 progress_bar=False,
                 record_timing=False,
                 execution_timeout=CELL_TIMEOUT_S,
-                # Unix sockets: no port to collide over when notebooks run side by side.
-                kernel_manager_class="mvrepro.notebook.QuietKernelManager",
+                kernel_manager_class="mvrepro.notebook.SocketKernelManager",
             )
         except PapermillExecutionError as error:
             tail = "\n".join(str(error).strip().splitlines()[-12:])
@@ -81,18 +89,3 @@ def without_noise(notebook: Any) -> Any:
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell["id"] = "injected-parameters"
     return clean
-
-
-def __getattr__(name: str) -> Any:
-    """QuietKernelManager, made when asked for, since only execution needs jupyter_client."""
-    if name != "QuietKernelManager":
-        raise AttributeError(name)
-    from jupyter_client.manager import AsyncKernelManager
-
-    class QuietKernelManager(AsyncKernelManager):  # type: ignore[misc]
-        """A kernel that talks over Unix sockets."""
-
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**{**kwargs, "transport": "ipc"})
-
-    return QuietKernelManager

@@ -1,7 +1,6 @@
 """One style for every figure, and the plots that several notebooks share."""
 
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 import matplotlib as mpl

@@ -1,0 +1,67 @@
+"""`make validate` has teeth: a changed formula, number, verdict or table fails it, an untouched tree passes."""
+
+import pytest
+from trees import copy_tree, make
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return copy_tree(tmp_path / "project")
+
+
+def replace(tree, name, old, new):
+    path = tree / name
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) >= 1, f"{name} no longer holds {old!r}: this test mutates nothing"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_an_untouched_tree_passes(tree):
+    code, output = make(tree, "validate", "NB=01")
+    assert code == 0, output
+    assert " passed" in output
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('return cos + t if h == "fixed" else (1 + t) * cos + t', 'return cos + t if h == "fixed" else (1 + t) * cos'),
+        ("cos * math.cos(m3) - sin * math.sin(m3) - m2", "cos * math.cos(m3) + sin * math.sin(m3) - m2"),
+    ],
+    ids=["adaptive emphasis", "angular margin"],
+)
+def test_a_mutated_formula_fails(tree, old, new):
+    replace(tree, "mvrepro/losses.py", old, new)
+    code, output = make(tree, "validate", "NB=01")
+    assert code != 0
+    assert "stale: quick-01" in output, "the results belong to another formula"
+    assert "01-losses.ipynb" in output.split("stale: quick-01")[1], "and the notebook itself notices"
+    assert " failed" in output
+    assert "Traceback (most recent call last)" not in output.split("short test summary")[0].split("=== FAILURES")[0]
+
+
+def test_a_stale_plot_helper_fails(tree):
+    replace(tree, "mvrepro/plots.py", "DPI = 150", "DPI = 151")
+    code, output = make(tree, "validate", "NB=01")
+    assert code != 0
+    assert "stale: quick-01" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        (
+            "results/claims.json",
+            '"verdict": "reproduced"',
+            '"verdict": "not tested"',
+            "results/claims.json is not what",
+        ),
+        ("README.md", "**reproduced**", "**not reproduced**", "README.md is not what"),
+        ("results/values/quick/derivations.json", '"t_zero_error": 0', '"t_zero_error": 1', "stale: quick-01"),
+    ],
+)
+def test_a_mutated_table_fails(tree, name, old, new, message):
+    replace(tree, name, old, new)
+    code, output = make(tree, "validate", "NB=01")
+    assert code != 0
+    assert message in output

@@ -46,11 +46,10 @@ def load(path: Path = PUBLISHED) -> list[Row]:
                 )
             for column, value in zip(r["columns"], values, strict=True):
                 rows.append(Row(r["kind"], loss, column, value, r["mark"], r["source"], r.get("note", "")))
+    known = ", ".join(content["marks"])
     for row in rows:
         if row.mark not in content["marks"] or not row.source:
-            raise UserError(
-                f"{display(path)}, {row.kind}, {row.what}: needs a source and a mark out of {', '.join(content['marks'])}"
-            )
+            raise UserError(f"{display(path)}, {row.kind}, {row.what}: needs a source and a mark out of {known}")
     return rows
 
 
@@ -62,12 +61,11 @@ def marks(path: Path = PUBLISHED) -> dict[str, str]:
 def captions(path: Path = PUBLISHED) -> dict[str, str]:
     """For each table of results, by kind: its title with source, mark and note."""
     results = tomllib.loads(path.read_text(encoding="utf-8"))["results"]
-    return {
-        r[
-            "kind"
-        ]: f"**{r['title']}** (per cent; {r['source']}; mark {r['mark']}{'; ' if r.get('note') else ''}{r.get('note', '')})"
-        for r in results
-    }
+    texts = {}
+    for r in results:
+        note = f"; {r['note']}" if "note" in r else ""
+        texts[r["kind"]] = f"**{r['title']}** (per cent; {r['source']}; mark {r['mark']}{note})"
+    return texts
 
 
 def table(kind: str, path: Path = PUBLISHED) -> pd.DataFrame:

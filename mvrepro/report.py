@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from mvrepro import claims, plots
 from mvrepro.errors import UserError
-from mvrepro.files import RESULTS, ROOT, display as shown, read_json, write_atomic, write_json
+from mvrepro.files import RESULTS, ROOT, read_json, write_atomic, write_json
+from mvrepro.files import display as shown
 
 KINDS = ("exact", "training")
 

@@ -29,10 +29,9 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     error = float(stats.sem(x))
     half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1)) * error
     mean = float(x.mean())
+    p = float(mean <= 0)  # where all values are equal
     if error > 0:
         p = float(stats.t.sf(mean / error, len(x) - 1))
-    else:
-        p = 0.0 if mean > 0 else 1.0
     return Estimate(mean, mean - half, mean + half, len(x), p)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,13 +32,21 @@ def package() -> Path:
     return Path(found.submodule_search_locations[0]) / "datasets" / "ORL_faces"
 
 
-def read_pgm(path: Path) -> np.ndarray:
-    """A binary PGM, read by hand: "P5 width height 255" and then the bytes."""
-    content = path.read_bytes()
-    magic, width, height, most = content.split(maxsplit=4)[:4]
-    assert (magic, most) == (b"P5", b"255")
-    shape = int(height), int(width)
-    return np.frombuffer(content[-shape[0] * shape[1] :], np.uint8).reshape(shape)
+def read_pgm(content: bytes) -> np.ndarray:
+    """A binary PGM of 92×112, read by hand: "P5\\n92 112\\n255\\n" and then the bytes."""
+    assert len(content) == 14 + 112 * 92
+    assert content.startswith(b"P5\n92 112\n255\n")
+    return np.frombuffer(content[14:], np.uint8).reshape(112, 92)
+
+
+def box_filtered(images: np.ndarray, size: int) -> np.ndarray:
+    """Each pixel is the mean of those whose centres lie in its box: the filter of orl(), written out."""
+    images = images.astype(float)
+    for axis in (2, 1):
+        edges = [int(i * images.shape[axis] / size + 0.5) for i in range(size + 1)]
+        boxes = [images.take(range(*edge), axis).mean(axis, keepdims=True) for edge in pairwise(edges)]
+        images = np.concatenate(boxes, axis)
+    return images
 
 
 def people_of(*, people: int, shots: int) -> Images:
@@ -66,15 +75,31 @@ def test_orl_has_the_size_that_was_asked_for(size: int) -> None:
     assert orl(size).pixels.shape == (400, 1, size, size)
 
 
-def test_orl_images_are_those_of_the_package_in_order(faces: Images, package: Path) -> None:
-    """A box filter keeps the mean grey level, of the whole image and of its upper half."""
-    originals = [read_pgm(package / f"s{p}" / f"{shot}.pgm") for p in range(1, 41) for shot in range(1, 11)]
-    assert {o.shape for o in originals} == {(112, 92)}
-    halves = [[o[:56].mean(), o[56:].mean()] for o in originals]
-    resized = faces.pixels.reshape(400, 2, 16 * 32).mean(axis=2)
-    np.testing.assert_allclose(resized, halves, atol=0.6)
-    # The tolerance has teeth: shifting the list by one image would exceed it nearly everywhere.
-    assert (np.abs(resized - np.roll(halves, 1, axis=0)).max(axis=1) > 0.6).mean() > 0.9
+@pytest.mark.parametrize(
+    ("ends", "count"),
+    [
+        pytest.param(b"\n", 248, id="whole"),
+        pytest.param(
+            b"\r\n",
+            150,
+            id="damaged",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="defect: 152 images of the wheel hold CR LF for LF, also where a pixel was 10, "
+                "and orl() reads them as they are: each such pixel moves the rest of the image by one",
+            ),
+        ),
+    ],
+)
+def test_orl_images_are_those_of_the_package_in_order(faces: Images, package: Path, ends: bytes, count: int) -> None:
+    """Against files parsed and filtered by hand. Two of the 152 hold one CR LF that was there before: they are left
+    out, since which one it was can't be told."""
+    files = [(package / f"s{p}" / f"{shot}.pgm").read_bytes() for p in range(1, 41) for shot in range(1, 11)]
+    repaired = {i: file.replace(ends, b"\n") for i, file in enumerate(files) if file.startswith(b"P5" + ends)}
+    rows = [i for i, file in repaired.items() if len(file) == 14 + 112 * 92]
+    assert len(rows) == count
+    expected = box_filtered(np.stack([read_pgm(repaired[i]) for i in rows]), 32)
+    np.testing.assert_allclose(faces.pixels[rows, 0], expected, rtol=0, atol=1.01)
 
 
 def test_orl_ignores_the_stray_file_of_the_wheel(faces: Images, package: Path) -> None:

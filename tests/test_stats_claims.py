@@ -277,7 +277,8 @@ def test_bound_without_its_value(tmp_path, judge, content):
 # --- argmax, untested, unknown ----------------------------------------------------------------------------
 
 BEST_T = {
-    "id": "t", "rule": "argmax", "metric": METRIC, "losses": ["MV-AM-Softmax-f", "MV-AM-Softmax-a"], "range": [0.2, 0.3],
+    "id": "t", "rule": "argmax", "metric": METRIC, "range": [0.2, 0.3],
+    "losses": ["MV-AM-Softmax-f", "MV-AM-Softmax-a"],
 }  # fmt: skip
 
 

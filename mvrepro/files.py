@@ -30,11 +30,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C, too, must leave nothing
         if temporary:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
-        raise explain_os_error(error, f"write {display(path)}") from None
+        if isinstance(error, OSError):
+            raise explain_os_error(error, f"write {display(path)}") from None
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -43,7 +43,7 @@ def execute(source: Path, profile: str, parameters: dict[str, Any] | None = None
     )
     import nbformat
     import papermill
-    from nbclient.exceptions import DeadKernelError
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     values = {"profile": profile, **(parameters or {})}
@@ -69,6 +69,10 @@ def execute(source: Path, profile: str, parameters: dict[str, Any] | None = None
         except PapermillExecutionError as error:
             tail = "\n".join(str(error).strip().splitlines()[-12:])
             raise UserError(f"{source.name}, cell [{error.exec_count}] failed:\n{tail}") from None
+        except CellTimeoutError:
+            raise UserError(
+                f"a cell of {source.name} took longer than {CELL_TIMEOUT_S} s; nothing was written"
+            ) from None
         except DeadKernelError:
             raise UserError(
                 f"the kernel of {source.name} died (killed, or out of memory); nothing was written: run it again"

@@ -43,7 +43,7 @@ def tpr_at_fpr(genuine: ArrayLike, impostor: ArrayLike, fprs: Sequence[float]) -
         else:
             # The largest score that must be refused; the threshold is the next number above it.
             refused = np.partition(bad, len(bad) - allowed - 1)[len(bad) - allowed - 1]
-            threshold = np.nextafter(refused, np.inf)
+            threshold = np.nextafter(refused, np.inf) if refused < np.inf else np.nan  # nothing is >= NaN
         points.append(
             Operating(fpr, float(np.mean(good >= threshold)), float(threshold), int(np.sum(bad >= threshold)))
         )

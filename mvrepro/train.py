@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,6 +64,12 @@ class Diverged(UserError):
     """The loss is no longer a number."""
 
 
+CURES = (
+    "try a smaller --lr, a warm-up of t (--t-warmup), --easy-margin, or --start-from a margin model; "
+    "nothing was written"
+)
+
+
 def train(config: TrainConfig, *, start_from: Path | None = None, save: Path | None = None) -> dict[str, Any]:
     """Train and test one network; returns its record: config, metrics, curve, provenance.
 
@@ -79,6 +86,8 @@ def train_to_file(
     2 or 3 dimensions go beside it as .safetensors, for the drawings of notebook 02."""
     from safetensors.torch import save as to_bytes
 
+    if config.data == "digits" and save == out.with_suffix(".safetensors"):
+        raise UserError(f"{save} is where the features of this run go: --save the checkpoint under another name")
     record, features = _train(config, start_from, save)
     if features:
         write_atomic(out.with_suffix(".safetensors"), to_bytes(features))
@@ -88,16 +97,20 @@ def train_to_file(
 
 def _train(config: TrainConfig, start_from: Path | None, save: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     started = time.perf_counter()
+    check(config)
     device = pick_device(config.device)
     make_deterministic(config.seed, config.threads)
     train_set, test_set = load(config)
+    check_test(config, test_set)
     backbone, head = build(config, train_set, device)
     if start_from:
         load_checkpoint(start_from, backbone, head)
     curve = fit(config, backbone, head, train_set, device)
+    embeddings = backbones.embed(backbone, normalise_pixels(test_set), mirror=config.flip)
+    if not embeddings.isfinite().all():
+        raise Diverged(f"the last step of {config.run_name()} left no numbers in the network: {CURES}")
     if save:
         save_checkpoint(save, backbone, head, config)
-    embeddings = backbones.embed(backbone, normalise_pixels(test_set), mirror=config.flip)
     settings = asdict(config)
     record = {
         "config": settings,
@@ -119,14 +132,49 @@ def _train(config: TrainConfig, start_from: Path | None, save: Path | None) -> t
     return record, features
 
 
+def check(config: TrainConfig) -> None:
+    """Refuse settings that make no sense before anything is computed."""
+    least = {
+        "batch_size": 2,  # batch normalisation needs two
+        "epochs": 0,
+        "lr": 0,
+        "momentum": 0,
+        "weight_decay": 0,
+        "embedding_dim": 1,
+        "image_size": 1,
+        "threads": 1,
+        "seed": 0,
+    }
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= bound):
+            raise UserError(f"{name} must be a number >= {bound}, got {value}")
+    wrong = [fpr for fpr in config.fprs if not 0 < fpr <= 1]
+    if wrong:
+        raise UserError(f"a false-positive rate must be in (0, 1], got {wrong[0]}")
+
+
+def check_test(config: TrainConfig, test_set: data.Images) -> None:
+    """Refuse a false-positive rate that the test set has too few impostor pairs for."""
+    if config.data == "digits":
+        return
+    sizes = np.bincount(test_set.ids)
+    impostors = int((len(test_set) ** 2 - (sizes**2).sum()) // 2)
+    if impostors * min(config.fprs) < 1:
+        raise UserError(
+            f"the test has {impostors} impostor pairs, too few for a false-positive rate of {min(config.fprs):g}: "
+            "train on fewer people"
+        )
+
+
 def pick_device(name: str) -> torch.device:
     """ "auto" is the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
     return device
 
@@ -188,7 +236,7 @@ def fit(
     bar = trange(config.epochs, desc=config.run_name(), unit="epoch", disable=None, leave=False)
     for epoch in bar:
         backbone.train(), head.train()
-        total = 0.0
+        total, seen = 0.0, 0
         batches = torch.randperm(len(labels), generator=order).split(config.batch_size)
         for first, rows in enumerate(batches):
             if len(rows) == 1:  # batch normalisation needs two
@@ -209,14 +257,14 @@ def fit(
             if not math.isfinite(value):
                 raise Diverged(
                     f"the loss became {value} at step {step} (epoch {epoch + 1}) of {config.run_name()} with "
-                    f"lr {config.lr:g}, s {config.s:g}, m {head.m:g}: try a smaller --lr, a warm-up of t "
-                    "(--t-warmup), --easy-margin, or --start-from a margin model; nothing was written"
+                    f"lr {config.lr:g}, s {config.s:g}, m {head.m:g}: {CURES}"
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             total += value * len(rows)
-        curve["loss"].append(round(total / len(labels), 6))
+            seen += len(rows)
+        curve["loss"].append(round(total / seen, 6))
         curve["lr"].append(optimiser.param_groups[0]["lr"])
         bar.set_postfix(loss=f"{curve['loss'][-1]:.3f}")
         schedule.step()

@@ -365,7 +365,6 @@ def test_a_notebook_that_does_not_finish_leaves_what_was_there(
     assert not old or out.read_text() == old
 
 
-@pytest.mark.xfail(strict=True, reason="defect: CellTimeoutError of nbclient is not caught: a traceback for the user")
 def test_a_cell_that_takes_too_long_is_one_message(
     monkeypatch: pytest.MonkeyPatch, notebooks: Path, tmp_path: Path
 ) -> None:

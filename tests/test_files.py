@@ -115,9 +115,6 @@ def test_a_failure_at_any_step_leaves_what_was_there(
     assert held(tmp_path) == {"file.json": NEW}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="defect: only OSError is cleaned up after, so Ctrl-C while writing leaves a file"
-)
 @pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
 def test_an_interruption_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: str) -> None:
     """The command line says of Ctrl-C that nothing half-written was kept."""

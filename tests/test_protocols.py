@@ -108,7 +108,6 @@ def test_ties_are_refused(genuine: list[float], impostor: list[float], fpr: floa
     assert (point.tpr, point.false_accepts) == (tpr, false_accepts)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the next number above +inf is +inf, so the tie is accepted")
 def test_infinite_scores_are_refused_or_counted() -> None:
     (point,) = tpr_at_fpr([1.0], [math.inf, math.inf, 0.0], [1 / 3])
     assert point.false_accepts <= 1

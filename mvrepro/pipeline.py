@@ -51,7 +51,13 @@ class Pipeline:
 
     def __init__(self) -> None:
         _mend_lock_file()
+        import logging
+        import warnings
+
         import networkx
+
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="dvc")
+        logging.getLogger("dvc").setLevel(logging.ERROR)  # its hints (git add dvc.lock, …) are not for our reader
         from dvc.exceptions import DvcException
         from dvc.repo import Repo
 

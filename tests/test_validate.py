@@ -57,7 +57,7 @@ def test_a_stale_plot_helper_fails(tree):
             "results/claims.json is not what",
         ),
         ("README.md", "**reproduced**", "**not reproduced**", "README.md is not what"),
-        ("results/values/quick/derivations.json", '"t_zero_error": 0', '"t_zero_error": 1', "stale: quick-01"),
+        ("results/values/quick/derivations.json", '"t_zero_error": 1e-16', '"t_zero_error": 1e-05', "stale: quick-01"),
     ],
 )
 def test_a_mutated_table_fails(tree, name, old, new, message):

@@ -105,7 +105,7 @@ def _code_rules(cell: Node) -> Rules:
     yield not source.strip(), "is empty, so it would never be executed; remove it"
     yield _lines(cell) > MAX_LINES, f"has {_lines(cell)} lines; {MAX_LINES} at most: move code to mvrepro/"
     yield unstable, f"uses {unstable and unstable.group()}, which cannot be run unattended and give the same twice"
-    yield _ABSOLUTE.search(source), "names an absolute path, which other machines lack; start from mvrepro.paths"
+    yield _ABSOLUTE.search(source), "names an absolute path, which other machines lack; start from mvrepro.files"
     try:
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         kept = [token.string for token in tokens if token.string.strip() and token.type != tokenize.COMMENT]

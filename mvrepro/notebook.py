@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ class SocketKernelManager(AsyncKernelManager):  # type: ignore[misc]
     """A kernel that talks over Unix sockets: no port to collide over when notebooks run side by side."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "transport": "ipc"})
+        # A name of its own: the default lies in the working folder, where two kernels would share it.
+        sockets = Path(tempfile.gettempdir()) / f"mvrepro-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        super().__init__(**{**kwargs, "transport": "ipc", "ip": str(sockets)})
 
 
 def find(name: str) -> Path:

@@ -15,7 +15,7 @@ def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     here = folder / "runs" / profile
     paths = sorted(here.glob("*.json"))
     if not paths:
-        raise UserError(f"no runs in {display(here)}: `make reproduce PROFILE={profile}` makes them")
+        raise UserError(f"no runs in {display(here)}: `make reproduce` makes them")
     return [read_json(path) for path in paths]
 
 

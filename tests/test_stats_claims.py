@@ -180,7 +180,7 @@ def test_curves_have_a_row_an_epoch(add, tmp_path):
 
 
 def test_no_runs_says_what_makes_them(tmp_path):
-    with pytest.raises(UserError, match="make reproduce PROFILE=made-up"):
+    with pytest.raises(UserError, match="make reproduce"):
         runs.records("made-up", tmp_path)
 
 

@@ -68,6 +68,7 @@ class Pipeline:
             raise UserError(f"dvc.yaml can't be read: {error}") from None
         order = list(networkx.topological_sort(graph.reverse(copy=True)))
         self.stages = {stage.addressing: _stage(stage, graph) for stage in order}
+        self._known = {stage.addressing: stage for stage in order}  # DVC's own objects, with dvc.lock read once
 
     def select(self, profile: str, notebook: str | None = None) -> list[Stage]:
         """The stages of a profile, or only those behind one of its notebooks, with all that they need."""
@@ -94,7 +95,9 @@ class Pipeline:
     def stale(self, stages: Sequence[Stage]) -> dict[str, list[str]]:
         """Stage -> reasons, for those whose committed results don't belong to the files that are here."""
         reasons: dict[str, list[str]] = {}
-        for name, entries in self.repo.status(targets=[s.name for s in stages]).items():
+        with self.repo.lock:
+            found = {name: entries for s in stages for name, entries in self._known[s.name].status().items()}
+        for name, entries in found.items():
             texts = []
             for entry in entries:
                 if isinstance(entry, dict):
@@ -107,8 +110,11 @@ class Pipeline:
 
     def accept(self, stages: Sequence[Stage]) -> None:
         """Tell DVC that these stages' outputs belong to the files that are here (dvc.lock)."""
-        for stage in stages:
-            self.repo.commit(target=stage.name, force=True)
+        with self.repo.lock:
+            for stage in stages:
+                known = self._known[stage.name]
+                known.save()
+                known.dump(update_pipeline=False)
 
 
 def _stage(stage: Any, graph: Any) -> Stage:

@@ -57,12 +57,12 @@ class Pipeline:
         import networkx
 
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="dvc")
-        logging.getLogger("dvc").setLevel(logging.ERROR)  # its hints (git add dvc.lock, …) are not for our reader
         from dvc.exceptions import DvcException
         from dvc.repo import Repo
 
         try:
             self.repo = Repo(str(ROOT))
+            logging.getLogger("dvc").setLevel(logging.ERROR)  # its hints (git add dvc.lock, …) are not for our reader
             graph = self.repo.index.graph
         except DvcException as error:
             raise UserError(f"dvc.yaml can't be read: {error}") from None

@@ -51,6 +51,7 @@ def tree(tmp_path_factory):
     ]
     (tree / "notebooks").mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=cells, metadata=NOTEBOOK["metadata"]), tree / "notebooks" / "98-fault.ipynb")
+    commit(tree)
     code, output = make(tree, "reproduce")
     assert code == 0, output
     commit(tree)

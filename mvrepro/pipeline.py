@@ -279,7 +279,8 @@ def _run(stage: Stage) -> None:
         _children.discard(child)
     if code:
         tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        signal = -code if code < 0 else code - 128  # a shell reports its child's signal n as 128 + n
+        how = f"was killed by signal {signal}" if signal > 0 else f"failed with exit code {code}"
         raise UserError(
             f"stage {stage.name} {how} after {time.perf_counter() - started:.0f} s ({stage.command}):\n"
             + "\n".join(tail)

@@ -1,0 +1,485 @@
+"""mvrepro.fused against the dense head and the oracle; its memory; batches that could break it."""
+
+import itertools
+import math
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from test_losses import (
+    EMPHASISED,
+    LARGE,
+    SMALL,
+    TABLE,
+    TINY,
+    ask_oracle,
+    assert_agree,
+    assert_same,
+    batches,
+    draw,
+    every_loss,
+    library,
+    make_head,
+    one_thread,  # noqa: F401 (a fixture)
+    quick_hypothesis,
+    relevant_options,
+    run,
+    safe_case,
+)
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mvrepro import fused
+from mvrepro.fused import KEEP, Rule, fused_losses, pick
+from mvrepro.losses import mine
+
+ODD = (6, 10, 4)  # B, K, D: chunks of 3 and 7 don't divide K
+MIDDLE = (64, 2000, 64)
+PLAIN = {None: "Softmax", "cos": "Softmax", "AM": "AM-Softmax", "Arc": "Arc-Softmax"}
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+every_keep = pytest.mark.parametrize("keep", KEEP)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def rule_of(head) -> Rule:
+    return Rule(head.s, head.margin, head.loss.h, head.current_t(), head.easy_margin)
+
+
+def sweep_of(head, **how):
+    """The head's forward, (x, y) -> loss, by fused_losses."""
+    how = {"chunk": 3, **how}
+    return lambda x, y: mine(
+        head.loss.g, fused_losses(x, head.weight, y, rule_of(head), **how), head.gamma, head.hard_ratio
+    )
+
+
+def sweep(name, data, dtype=torch.float64, how=None, **options):
+    """loss, dloss/dx, dloss/dW."""
+    head = make_head(name, data, dtype, **options)
+    return run(head, data[0], data[2], sweep_of(head, **(how or {})))
+
+
+def assert_close(got, expected, share, what=""):
+    """Loss, dx and dW within a share of the norm that is expected, or of 0.01 where there is little but rounding."""
+    for part, a, b in zip(("loss", "dx", "dW"), got, expected, strict=True):
+        error, size = (a.double() - b.double()).norm(), b.double().norm()
+        assert error <= share * max(size, 0.01), f"{part} is off by {error / size:.3g} of its norm {size:.3g} {what}"
+
+
+# ---------------------------------------------------------------- the dense head and the oracle
+
+
+@pytest.mark.parametrize("shape", [TINY, SMALL, ODD], ids=["B1-K2-D2", "B7-K5-D3", "B6-K10-D4"])
+@every_loss
+def test_every_option_agrees_with_the_dense_head(name, shape):
+    for options in relevant_options(name):
+        data, _ = safe_case(name, shape, 1e-6, options)
+        got, expected = (f(name, data, **dict(options)) for f in (sweep, library))
+        assert [part.dtype for part in got] == [torch.float64] * 3
+        assert_close(got, expected, 1e-10, options)
+
+
+@every_keep
+@both_dtypes
+@every_loss
+def test_agrees_with_the_oracle(name, dtype, keep):
+    for shape, easy in itertools.product([TINY, SMALL], [False, True]):
+        data, answer = safe_case(name, shape, 1e-4 if keep != "float16" else 2e-3, (("easy_margin", easy),))
+        got = sweep(name, data, dtype, {"keep": keep}, easy_margin=easy)
+        assert [part.dtype for part in got] == [dtype] * 3
+        if keep == "float16":
+            assert_close(got, [torch.as_tensor(a) for a in (answer.loss, answer.dx, answer.dW)], 0.02)
+        else:
+            assert_agree(got, data, answer, 32, dtype)
+
+
+@every_loss
+def test_a_large_batch_agrees_with_the_oracle(name):
+    data, answer = safe_case(name, LARGE, 2e-6)
+    for dtype, chunk in itertools.product([torch.float64, torch.float32], [37, None]):
+        assert_agree(sweep(name, data, dtype, {"chunk": chunk}), data, answer, 32, dtype)
+
+
+@every_loss
+def test_gradients_in_float32(name):
+    """The bar of the design: 5e-6 of the norm, at a size where sums are long."""
+    for seed in itertools.count():
+        data = draw(MIDDLE, seed)
+        head = make_head(name, data)
+        cos = head.cosines(torch.tensor(data[0])).detach()
+        f = head.margin(cos.gather(1, torch.tensor(data[2])[:, None]))
+        others = torch.arange(MIDDLE[1]) != torch.tensor(data[2])[:, None]
+        if (cos - f)[others].abs().min() > 3e-7:  # no mark that rounding turns over
+            break
+    expected = library(name, data)
+    for keep, share in [("none", 5e-6), ("float32", 5e-6), ("float16", 2e-2)]:
+        assert_close(sweep(name, data, torch.float32, {"keep": keep, "chunk": 300}), expected, share)
+
+
+@every_keep
+@every_loss
+def test_the_chunk_does_not_matter(name, keep):
+    data, _ = safe_case(name, ODD, 2e-3)
+    expected = library(name, data)
+    for chunk in (1, 3, 7, 10, 11, None):
+        got = sweep(name, data, how={"keep": keep, "chunk": chunk})
+        assert_close(got, expected, 0.02 if keep == "float16" else 1e-10, f"chunk {chunk}")
+
+
+@both_dtypes
+@every_loss
+def test_kept_cosines_give_the_bits_of_computed_ones(name, dtype):
+    data = draw(LARGE)
+    assert_same(*(sweep(name, data, dtype, {"keep": keep, "chunk": 37}) for keep in ("none", "float32")))
+
+
+@pytest.mark.parametrize("easy", [False, True], ids=["", "easy"])
+@every_loss
+def test_gradients_agree_with_finite_differences(name, easy):
+    (x, W, y), _ = safe_case(name, (5, 4, 3), 2e-4, (("s", 8.0), ("easy_margin", easy)))
+    head = make_head(name, (x, W, y), s=8.0, easy_margin=easy).eval()
+    losses = lambda x, W: fused_losses(x, W, torch.tensor(y), rule_of(head), chunk=3)
+    inputs = torch.tensor(x, requires_grad=True), torch.tensor(W, requires_grad=True)
+    assert torch.autograd.gradcheck(losses, inputs)
+
+
+@quick_hypothesis
+@given(**batches)
+def test_gradients_are_orthogonal_to_what_is_normalised(name, seed, shape, s, t, easy):
+    data = draw(shape, seed)
+    loss, dx, dW = sweep(name, data, s=s, t=t, easy_margin=easy)
+    assert loss.isfinite() and loss >= 0
+    slope = max(1, 16 / np.sqrt(1 - ask_oracle(name, data).target ** 2).min())
+    for row, grad in [(data[0], dx), (data[1], dW)]:
+        assert (torch.tensor(row) * grad).sum(1).abs().max() <= 1e-13 * s * slope
+
+
+# ---------------------------------------------------------------- odd batches
+
+
+@pytest.mark.parametrize("labels", ["all equal", "pairs", "one chunk has all", "first and last class"])
+@every_loss
+def test_repeated_labels(name, labels):
+    x, W, _ = draw(ODD, seed=3)
+    y = {"all equal": [4] * 6, "pairs": [0, 0, 1, 1, 2, 2], "one chunk has all": [3, 4, 5] * 2}.get(labels, [0, 9] * 3)
+    data = (x, W, np.array(y))
+    assert_close(sweep(name, data), library(name, data), 1e-10)
+    assert_agree(sweep(name, data), data, ask_oracle(name, data), 32, torch.float64)
+
+
+@every_keep
+@both_dtypes
+@every_loss
+def test_rows_of_length_zero_get_no_gradient(name, dtype, keep):
+    x, W, y = draw(ODD, seed=5)
+    x[2] = 0
+    W[[y[0], (y[0] + 1) % 10]] = 0
+    got, expected = sweep(name, (x, W, y), dtype, {"keep": keep}), library(name, (x, W, y), dtype)
+    assert not got[1][2].any() and not got[2][[y[0], (y[0] + 1) % 10]].any()
+    assert all(part.isfinite().all() for part in got)
+    assert_close(got, expected, 1e-10 if dtype == torch.float64 else 1e-5) if keep != "float16" else None
+
+
+@pytest.mark.parametrize("side", [1, -1], ids=["theta=0", "theta=pi"])
+@pytest.mark.parametrize("s", [1.0, 32.0, 128.0])
+@every_loss
+def test_cosines_of_exactly_one(name, s, side):
+    """x = ±w_y, and as many other classes at ±1: coordinate axes, so that no product rounds."""
+    W = np.concatenate([np.eye(5), -np.eye(5), 2 * np.eye(5)])
+    y = np.array([0, 3, 4, 9, 14, 7, 0])
+    x = side * np.array([1, 0.5, 2, 4, 1, 8, 16])[:, None] * W[y]
+    options = {"s": s, "hard_ratio": 1.0}  # the samples are equally hard: which HM keeps would be chance
+    for dtype, keep in itertools.product([torch.float32, torch.float64], ["none", "float32"]):
+        got = sweep(name, (x, W, y), dtype, {"keep": keep}, **options)
+        expected = library(name, (x, W, y), dtype, **options)
+        assert all(part.isfinite().all() for part in got)
+        assert_close(got, expected, 1e-5 if dtype == torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("s", [1e-3, 1.0, 64.0, 128.0, 1e4])
+@every_loss
+def test_any_scale(name, s):
+    for t in (0.0, 0.2, 1.0):
+        data, _ = safe_case(name, SMALL, 1e-4, (("s", 32.0), ("t", t)))
+        for dtype in (torch.float64, torch.float32):
+            got, expected = sweep(name, data, dtype, s=s, t=t), library(name, data, dtype, s=s, t=t)
+            assert all(part.isfinite().all() for part in got)
+            assert_close(got, expected, 1e-10 * max(1, s) if dtype == torch.float64 else 1e-6 * max(10, s))
+
+
+@every_loss
+def test_a_sample_that_is_right_beyond_rounding(name):
+    """s = 128 and c_y = 1: e^O is far below the least float32, the loss 0 or nearly, no gradient is NaN."""
+    W = np.eye(4, 6)
+    data = (np.array([[1.0, 0.01, 0, 0, 0, 0], [0, 1.0, 0.02, 0, 0, 0]]), W, np.array([0, 1]))
+    for chunk in (1, 4):
+        got = sweep(name, data, torch.float32, {"chunk": chunk}, s=128.0, m=1.0 if TABLE[name][0] == "A" else 0.1)
+        assert got[0] <= 1e-6 and all(part.isfinite().all() and part.abs().max() < 1e-6 for part in got)
+
+
+@pytest.mark.parametrize("name", EMPHASISED)
+def test_t_zero_is_the_margin_loss(name):
+    data = draw(LARGE)
+    for easy in (False, True):
+        plain = sweep(PLAIN[TABLE[name][0]], data, torch.float32, easy_margin=easy)
+        assert_same(sweep(name, data, torch.float32, t=0.0, easy_margin=easy), plain)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-6, 1e6, 1e15])
+def test_rows_of_any_length(size):
+    (x, W, y), _ = safe_case("MV-Arc-Softmax-a", SMALL, 1e-4)
+    loss, dx, dW = sweep("MV-Arc-Softmax-a", (x, W, y), torch.float32)
+    for scaled, factors in [((x * size, W, y), (1, size, 1)), ((x, W * size, y), (1, 1, size))]:
+        got = sweep("MV-Arc-Softmax-a", scaled, torch.float32)
+        assert_close([a * b for a, b in zip(got, factors, strict=True)], (loss, dx, dW), 1e-5)
+
+
+@pytest.mark.parametrize("where", ["x", "own class", "another class"])
+@pytest.mark.parametrize("name", ["Softmax", "MV-Arc-Softmax-a", "MV-AM-Softmax-f"])
+def test_nan_reaches_the_loss(name, where):
+    x, W, y = draw(ODD, seed=1)
+    if where == "x":
+        x[0, 1] = math.nan
+    else:
+        W[y[0] if where == "own class" else (y[0] + 1) % 10, 1] = math.nan
+    assert sweep(name, (x, W, y), torch.float32)[0].isnan()
+
+
+# ---------------------------------------------------------------- warm-up, annealing, precision, compile
+
+
+def test_warm_up_and_annealing_follow_the_head():
+    data = draw(SMALL, seed=2)
+    for name, options in [
+        ("MV-AM-Softmax-a", {"t_warmup": 4}),
+        ("MV-Arc-Softmax-f", {"t_warmup": 4}),
+        ("A-Softmax", {"m": 4.0, "annealing": True}),
+    ]:
+        for step in (0, 1, 3, 4, 1000):
+            head = make_head(name, data, **options)
+            head.step.fill_(step)
+            got = run(head, data[0], data[2], sweep_of(head))
+            assert_close(got, run(head, data[0], data[2]), 1e-10, (name, step))
+
+
+@every_keep
+@pytest.mark.parametrize("name", ["Softmax", "MV-AM-Softmax-f", "MV-Arc-Softmax-a", "F-Arc-Softmax"])
+def test_half_precision_computes_in_float32(name, keep):
+    data, _ = safe_case(name, SMALL, 0.02)
+    how = {"keep": keep}
+    head = make_head(name, data, torch.float32)
+    forward = sweep_of(head, **how)
+    plain = run(head, data[0], data[2], forward)
+    assert_same(run(head, data[0], data[2], forward, autocast=True), plain)
+    x, y = torch.tensor(data[0], dtype=torch.float32, requires_grad=True), torch.tensor(data[2])
+    head.weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = forward(x, y)
+        loss.backward()  # inside as well
+    assert_same((loss.detach(), x.grad, head.weight.grad), plain)
+
+    half = torch.tensor(data[0]).bfloat16()
+    got, expected = run(head, half, data[2], forward), run(head, half.float(), data[2], forward)
+    assert got[1].dtype == torch.bfloat16
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[2], expected[2])
+    head = make_head(name, data, torch.bfloat16)  # a weight in half precision
+    got, expected = run(head, half, data[2], sweep_of(head, **how)), run(head, half, data[2])
+    assert got[0].dtype == torch.float32 and got[2].dtype == torch.bfloat16
+    assert_close(got, expected, 0.03 if keep == "float16" else 0.01)
+
+
+def test_a_float64_weight_takes_float32_embeddings():
+    data = draw(SMALL)
+    head = make_head("MV-AM-Softmax-a", data)
+    mixed = run(head, torch.tensor(data[0], dtype=torch.float32), data[2], sweep_of(head))
+    assert mixed[0].dtype == torch.float64 and mixed[1].dtype == torch.float32
+    assert torch.equal(mixed[0], run(head, data[0], data[2], sweep_of(head))[0])
+
+
+@pytest.mark.parametrize("name", ["HM-Arc-Softmax", "F-AM-Softmax", "MV-AM-Softmax-a", "MV-Arc-Softmax-f"])
+def test_under_compile(name):
+    data = draw(SMALL, seed=2)
+    head = make_head(name, data, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(sweep_of(head), backend="aot_eager")
+    for _ in range(2):
+        assert_same(run(head, data[0], data[2], compiled), run(head, data[0], data[2], sweep_of(head)))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_compiled_chunks(monkeypatch):
+    """What CUDA does: the elementwise work of a chunk goes through inductor. t changes as in a warm-up."""
+    data = draw(ODD, seed=2)
+    for t in (0.0, 0.1, 0.2, 0.3):
+        expected = sweep("MV-AM-Softmax-a", data, t=t)
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "COMPILED", {"cpu"})
+            assert_close(sweep("MV-AM-Softmax-a", data, t=t), expected, 1e-12)
+
+
+# ---------------------------------------------------------------- what autograd asks
+
+
+@every_keep
+def test_a_gradient_for_one_side_only(keep):
+    data = draw(ODD)
+    _, dx, dW = sweep("MV-Arc-Softmax-a", data, how={"keep": keep})
+    head = make_head("MV-Arc-Softmax-a", data)
+    x, y = torch.tensor(data[0]), torch.tensor(data[2])
+    sweep_of(head, keep=keep)(x, y).backward()
+    assert torch.equal(head.weight.grad, dW)
+    head.requires_grad_(False)
+    sweep_of(head, keep=keep)(x.requires_grad_(), y).backward()
+    assert torch.equal(x.grad, dx)
+
+
+@every_keep
+def test_backward_twice_and_no_second_derivative(keep):
+    data = draw(ODD)
+    head = make_head("MV-AM-Softmax-a", data)
+    x, y = torch.tensor(data[0], requires_grad=True), torch.tensor(data[2])
+    loss = sweep_of(head, keep=keep)(x, y)
+    inputs = (x, head.weight)
+    assert_same(
+        torch.autograd.grad(loss, inputs, retain_graph=True), torch.autograd.grad(loss, inputs, retain_graph=True)
+    )
+    with pytest.raises(NotImplementedError, match=r"no second derivative .*backend='dense'"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert torch.equal(sweep_of(head, keep=keep)(x, y), loss.detach())
+
+
+def test_losses_are_per_sample():
+    """HM and F act on them from outside; so may anyone."""
+    data = draw(ODD)
+    head = make_head("MV-AM-Softmax-a", data)
+    x, y = torch.tensor(data[0]), torch.tensor(data[2])
+    losses = fused_losses(x, head.weight, y, rule_of(head), chunk=3)
+    expected = torch.nn.functional.cross_entropy(head.logits(x, y), y, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(some[2], head.weight)[0] for some in (losses, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+class Storages(TorchDispatchMode):
+    """Elements of every storage that an operation made, forward and backward."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.made = {t.untyped_storage().data_ptr() for t in known}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.made.append((t.untyped_storage().nbytes(), t))  # held, so that no address comes twice
+                self.known.add(t.untyped_storage().data_ptr())
+        return out
+
+
+@every_keep
+@pytest.mark.parametrize("name", ["HM-Softmax", "MV-Arc-Softmax-a"])
+def test_memory(name, keep):
+    """B × K exists only where cosines are kept, then once; K × D only once, as dW."""
+    B, K, D, chunk = 16, 5000, 24, 100
+    data = draw((B, K, D))
+    head = make_head(name, data, torch.float32)
+    x, y = torch.tensor(data[0], dtype=torch.float32, requires_grad=True), torch.tensor(data[2])
+    with Storages(x, head.weight, y) as storages:
+        sweep_of(head, keep=keep, chunk=chunk)(x, y).backward()
+    sizes = sorted(size for size, _ in storages.made)
+    assert head.weight.grad.untyped_storage().nbytes() == sizes[-1] == 4 * K * D
+    assert sizes[-2] <= max(4 * K, 4 * 4 * B * chunk)  # 1/|w|, or the buffers of a sweep
+    kept = sum(size for size, t in storages.made if t.shape == (B, chunk) and t.untyped_storage().nbytes() == t.nbytes)
+    assert kept == {"none": 0, "float32": 4 * B * K, "float16": 2 * B * K}[keep]
+
+    with Storages(x, head.weight, y) as storages:  # the dense head, to see that the test sees
+        run_dense = head(x, y)
+        run_dense.backward()
+    assert sum(size >= 4 * B * K for size, _ in storages.made) > 5
+
+
+# ---------------------------------------------------------------- classes over ranks, errors, "auto"
+
+
+@every_keep
+@pytest.mark.parametrize("name", ["Softmax", "HM-Arc-Softmax", "MV-AM-Softmax-a"])
+def test_classes_over_ranks(name, keep):
+    """Three threads play three ranks with 1, 4 and 5 of the 10 classes."""
+    x, W, _ = draw(ODD, seed=4)
+    data = (x, W, np.array([0, 0, 2, 9, 5, 4]))
+    head = make_head(name, data)
+    edges, barrier, parts, results = [0, 1, 5, 10], threading.Barrier(3, timeout=10), {}, {}
+
+    def rank(r):
+        def reduce(part, how):
+            parts[r] = part
+            barrier.wait()
+            ranks = torch.stack([parts[i] for i in range(3)])
+            barrier.wait()
+            return ranks.sum(0) if how == "sum" else ranks.amax(0)
+
+        part = torch.tensor(W[edges[r] : edges[r + 1]], requires_grad=True)
+        u = torch.tensor(x, requires_grad=True)
+        how = {"keep": keep, "chunk": 2, "first": edges[r], "reduce": reduce}
+        losses = fused_losses(u, part, torch.tensor(data[2]), rule_of(head), **how)
+        loss = mine(head.loss.g, losses, head.gamma, head.hard_ratio)
+        loss.backward()
+        results[r] = loss.detach(), u.grad, part.grad
+
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    expected = library(name, data)
+    share = 0.02 if keep == "float16" else 1e-10
+    for r in range(3):
+        assert_close((*results[r][:2], torch.cat([results[i][2] for i in range(3)])), expected, share)
+
+
+def test_errors():
+    data = draw(ODD)
+    with pytest.raises(ValueError, match=r"unknown keep 'half'; known are: none, float32, float16"):
+        sweep("Softmax", data, how={"keep": "half"})
+    for label in (-1, 10):
+        with pytest.raises(ValueError, match=r"labels must be in 0 … 9"):
+            sweep("Softmax", (*data[:2], np.full(6, label)))
+
+
+def test_pick(monkeypatch):
+    monkeypatch.setattr(fused, "free_memory", lambda device: 2**30)
+    weight = lambda classes: torch.empty(classes, 1)
+    assert pick(128, weight(2048)) == ("dense", "float32")
+    assert pick(128, weight(86_876)) == ("fused", "float32")
+    assert pick(512, weight(86_876)) == ("fused", "none")  # 170 MiB of the 128 that are an eighth
+    monkeypatch.setattr(fused, "free_memory", lambda device: 2**40)
+    assert pick(512, weight(86_876)) == ("fused", "float32")
+    assert pick(128, weight(1_000_000)) == ("fused", "none")
+
+
+def test_free_memory():
+    free = fused.free_memory(torch.device("cpu"))
+    assert isinstance(free, int) and 0 <= free < 2**50
+
+
+def test_a_functional_weight():
+    """fused_losses takes any tensor: a view, or a weight that is itself computed."""
+    data = draw(ODD)
+    head = make_head("MV-AM-Softmax-a", data)
+    x, y = torch.tensor(data[0]), torch.tensor(data[2])
+    wide = torch.cat([head.weight.detach(), torch.ones(10, 2)], 1).requires_grad_()
+    loss = fused_losses(x, wide[:, :4] * 2, y, rule_of(head), chunk=3).mean()
+    loss.backward()
+    expected = functional_call(head, {"weight": head.weight}, (x, y))
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(wide.grad[:, :4], head.weight.grad)
+    assert not wide.grad[:, 4:].any()

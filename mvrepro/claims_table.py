@@ -28,6 +28,11 @@ def files() -> dict[Path, str]:
     }
 
 
+def outdated() -> dict[Path, str]:
+    """Those of `files` that are missing or hold something else, with the text that they should have."""
+    return {p: text for p, text in files().items() if not p.is_file() or p.read_text(encoding="utf-8") != text}
+
+
 def _readme(verdicts: dict[str, list[claims.Verdict]]) -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:

@@ -9,7 +9,7 @@ where all the runs behind them are the same; a verdict is compared always.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from mvrepro.files import display, read_json
 from mvrepro.pipeline import Stage, committed
+from mvrepro.values import leaves
 
 EXACT = 1e-6
 SPREADS = 3.0
@@ -66,10 +67,11 @@ def compare(stages: Sequence[Stage]) -> Comparison:
     """Compare every output of these stages with the last commit."""
     result = Comparison()
     paths = [path for stage in stages for path in stage.writes]
-    tolerances = _spreads(paths)
+    known = {path: committed(path) for path in paths}
+    tolerances = _spreads(known)
     runs_differ = False
     for path in (p for p in paths if "runs" in p.parts):
-        before = committed(path)
+        before = known[path]
         if before is None:
             result.new.append(display(path))
         elif path.suffix == ".json":
@@ -83,31 +85,30 @@ def compare(stages: Sequence[Stage]) -> Comparison:
         else:
             runs_differ |= before != path.read_bytes()
     for path in (p for p in paths if "runs" not in p.parts):
-        _compare_report(result, path, runs_differ)
+        _compare_report(result, path, known[path], runs_differ)
     return result
 
 
-def _compare_report(result: Comparison, path: Path, runs_differ: bool) -> None:
-    before = committed(path)
+def _compare_report(result: Comparison, path: Path, before: bytes | None, runs_differ: bool) -> None:
     if before is None:
         result.new.append(display(path))
     elif before == path.read_bytes():
         values = _content(before, path)
-        result.identical += sum(1 for _ in _leaves(values, values, ""))
+        result.identical += sum(1 for _ in leaves(values, values, ""))
     elif path.suffix == ".ipynb":
         from mvrepro import nbcheck
 
         for where, old, new in _outputs(json.loads(before), read_json(path)):
             if runs_differ:
                 result.derived += 1
-            elif nbcheck.difference(old, new) is None:
-                result.identical += 1
+            elif difference := nbcheck.difference(old, new):
+                result.different.append(f"{display(path)}, {where}: {difference}")
             else:
-                result.different.append(f"{display(path)}, {where}: {nbcheck.difference(old, new)}")
+                result.identical += 1
     elif path.suffix == ".json":
         old, new = json.loads(before), read_json(path)
         exact = old.get("kind") == "exact" if isinstance(old, dict) else False
-        for where, a, b in _leaves(old, new, ""):
+        for where, a, b in leaves(old, new, ""):
             if where.endswith("sha256"):
                 continue  # pixels depend on the fonts; the data behind them is compared
             if where.endswith(".verdict") or exact or not runs_differ:
@@ -117,33 +118,21 @@ def _compare_report(result: Comparison, path: Path, runs_differ: bool) -> None:
                 result.derived += 1
 
 
-def _spreads(paths: Sequence[Path]) -> dict[tuple[str, str], float]:
+def _spreads(known: Mapping[Path, bytes | None]) -> dict[tuple[str, str], float]:
     """(profile, metric) -> three pooled standard deviations over the seeds of the committed runs."""
-    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for path in paths:
-        if "runs" in path.parts and path.suffix == ".json" and (before := committed(path)):
+    groups: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path, before in known.items():
+        if before and "runs" in path.parts and path.suffix == ".json":
             record = json.loads(before)
             config = {k: v for k, v in record["config"].items() if k != "seed"}
             for metric, value in record["metrics"].items():
-                groups[path.parent.name, metric][json.dumps(config, sort_keys=True),].append(value)
+                groups[path.parent.name, metric][json.dumps(config, sort_keys=True)].append(value)
     spreads = {}
     for key, group in groups.items():
         variances = [float(np.var(v, ddof=1)) for v in group.values() if len(v) > 1]
         # One seed only (the toy): no spread is known, so a value must be close to the committed one.
         spreads[key] = SPREADS * math.sqrt(float(np.mean(variances))) if variances else 0.05
     return spreads
-
-
-def _leaves(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        for key in old:
-            yield from _leaves(old[key], new[key], f"{where}.{key}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            name = a["id"] if isinstance(a, dict) and "id" in a else i
-            yield from _leaves(a, b, f"{where}[{name}]")
-    else:
-        yield where, old, new
 
 
 def _content(data: bytes, path: Path) -> Any:

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import RESULTS, ROOT, display, read_json, sweep, write_atomic, write_json
-from mvrepro.provenance import git
 
 LOCAL = ROOT / ".mvrepro"  # what only this machine knows; git ignores it
 COMPUTED = LOCAL / "computed.json"
@@ -145,11 +144,11 @@ def _mend_lock_file() -> None:
     except yaml.YAMLError:
         whole = False
     if not whole:
-        committed = git("show", "HEAD:dvc.lock")
-        if committed is None:
+        before = committed(path)
+        if before is None:
             path.unlink()
         else:
-            write_atomic(path, committed + "\n")
+            write_atomic(path, before)
 
 
 class Memory:
@@ -228,13 +227,12 @@ def compute(stages: Sequence[Stage], *, force: bool = False, jobs: int | None = 
     jobs = jobs or max(1, min(_cores(), MOST_JOBS))
     waiting, done, running = list(stages), set[str](), dict[Future[None], Stage]()
     names = {stage.name for stage in stages}
-    forced = names if force else set[str]()
     bar = tqdm(total=len(stages), unit="stage", disable=None)
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
                 for stage in [s for s in waiting if s.needs & names <= done]:
-                    if stage.name not in forced and memory.has(stage):
+                    if not force and memory.has(stage):
                         waiting.remove(stage)
                         done.add(stage.name)
                         bar.update()

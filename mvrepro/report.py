@@ -23,6 +23,7 @@ from mvrepro import claims, plots
 from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, ROOT, read_json, write_atomic, write_json
 from mvrepro.files import display as shown
+from mvrepro.values import leaves
 
 KINDS = ("exact", "training")
 
@@ -141,16 +142,11 @@ def contents(folder: Path = ROOT / "notebooks") -> pd.DataFrame:
 
 def first_difference(old: Any, new: Any, where: str, tolerance: float = 1e-6) -> str:
     """ "" where both hold the same: numbers within tolerance (relative, or absolute below 1), all else exactly."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        parts = [(old[k], new[k], f"{where}.{k}") for k in old]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        parts = [(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    elif isinstance(old, float | int) and isinstance(new, float | int) and type(old) is not bool:
-        same = old == new or abs(old - new) <= tolerance * max(1.0, abs(old))
-        return "" if same else f"{where} is {old!r} there and {new!r} here"
-    else:
-        return "" if old == new else f"{where} is {old!r} there and {new!r} here"
-    return next((text for text in (first_difference(*part, tolerance) for part in parts) if text), "")
+    for place, a, b in leaves(old, new, where):
+        numbers = isinstance(a, float | int) and isinstance(b, float | int) and type(a) is not bool
+        if a != b and not (numbers and abs(a - b) <= tolerance * max(1.0, abs(a))):
+            return f"{place} is {a!r} there and {b!r} here"
+    return ""
 
 
 def percent(value: float, digits: int = 1) -> str:

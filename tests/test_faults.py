@@ -1,5 +1,6 @@
 """Kill what is at work at a random moment: the next `make reproduce` finishes with the same bytes."""
 
+import json
 import os
 import random
 import signal
@@ -12,13 +13,9 @@ import pytest
 import yaml
 from trees import commit, copy_tree, make, run, run_git, start
 
-NOTEBOOK = {
-    "nbformat": 4,
-    "nbformat_minor": 5,
-    "metadata": {
-        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-        "language_info": {"name": "python"},
-    },
+METADATA = {
+    "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+    "language_info": {"name": "python"},
 }
 
 
@@ -50,7 +47,7 @@ def tree(tmp_path_factory):
         new_code_cell('print(runs.table(profile)["tpr@fpr=0.01"].round(3).tolist())', id="show"),
     ]
     (tree / "notebooks").mkdir(exist_ok=True)
-    nbformat.write(new_notebook(cells=cells, metadata=NOTEBOOK["metadata"]), tree / "notebooks" / "98-fault.ipynb")
+    nbformat.write(new_notebook(cells=cells, metadata=METADATA), tree / "notebooks" / "98-fault.ipynb")
     commit(tree)
     code, output = make(tree, "reproduce")
     assert code == 0, output
@@ -157,8 +154,6 @@ def test_results_that_cannot_be_written_are_one_clear_message(tree):
 def test_a_changed_value_is_reported_and_fails(tree):
     run_file = next((tree / "results" / "runs" / "quick").glob("*.json"))
     before = run_file.read_text()
-    import json
-
     record = json.loads(before)
     record["metrics"]["tpr@fpr=0.01"] += 0.3
     run_file.write_text(json.dumps(record, indent=1) + "\n")

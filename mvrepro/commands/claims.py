@@ -11,13 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    outdated = [path for path, text in claims_table.files().items() if not path.is_file() or path.read_text() != text]
+    outdated = claims_table.outdated()
     if arguments.check:
         for path in outdated:
             print(f"{display(path)} is not current: `make reproduce` writes it")
         return 1 if outdated else 0
-    for path, text in claims_table.files().items():
-        if path in outdated:
-            write_atomic(path, text)
-            print(f"wrote {display(path)}")
+    for path, text in outdated.items():
+        write_atomic(path, text)
+        print(f"wrote {display(path)}")
     return 0

@@ -4,7 +4,7 @@ import argparse
 import time
 
 from mvrepro.compare import compare
-from mvrepro.files import ROOT, display
+from mvrepro.files import display
 from mvrepro.pipeline import Pipeline, compute, only_one
 
 MOST_LINES = 20
@@ -37,5 +37,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.profile}: computed {len(ran)} of {len(stages)} stages in {took:.0f} s; {result.summary()}")
     executed = sorted(path for stage in stages for path in stage.writes if path.suffix == ".ipynb")
     if executed:
-        print(f"read {display(executed[0].parent)}/ (start with {executed[0].relative_to(ROOT).name})")
+        print(f"read {display(executed[0].parent)}/ (start with {executed[0].name})")
     return 1 if result.different else 0

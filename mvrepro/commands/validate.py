@@ -22,9 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline = Pipeline()
         stages = pipeline.select(arguments.profile, arguments.notebook)
         problems = [f"stale: {name} ({'; '.join(why[:3])})" for name, why in pipeline.stale(stages).items()]
-        for path, text in claims_table.files().items():
-            if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                problems.append(f"{display(path)} is not what the runs and paper/claims.toml give")
+        for path in claims_table.outdated():
+            problems.append(f"{display(path)} is not what the runs and paper/claims.toml give")
         for problem in problems:
             print(problem)
         if problems:

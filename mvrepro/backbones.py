@@ -35,6 +35,7 @@ class IResNet(nn.Module):
     """ArcFace's residual network: stem, four stages that halve the image, BN-linear-BN to the embedding.
 
     blocks, widths   of the four stages;  in_channels, image_size  of the (square) input
+    stem_stride      of the first convolution: 2 quarters the cost of everything behind it
     (B, C, H, W) floats -> (B, embedding_dim)
     """
 
@@ -42,6 +43,7 @@ class IResNet(nn.Module):
         self,
         blocks: tuple[int, int, int, int],
         widths: tuple[int, int, int, int],
+        stem_stride: int = 1,
         *,
         in_channels: int,
         image_size: int,
@@ -50,7 +52,7 @@ class IResNet(nn.Module):
         super().__init__()
         width = widths[0]
         layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.PReLU(width),
         ]
@@ -59,7 +61,7 @@ class IResNet(nn.Module):
                 layers.append(Block(width, new_width, stride=2 if i == 0 else 1))
                 width = new_width
         self.body = nn.Sequential(*layers)
-        side = image_size
+        side = -(-image_size // stem_stride)
         for _ in range(4):
             side = (side + 1) // 2
         self.neck = nn.Sequential(
@@ -101,13 +103,14 @@ def build(name: str, *, in_channels: int, image_size: int, embedding_dim: int) -
     if name == "toy":
         return ToyNet(in_channels=in_channels, image_size=image_size, embedding_dim=embedding_dim)
     if name in IRESNETS:
-        blocks, widths = IRESNETS[name]
-        return IResNet(blocks, widths, in_channels=in_channels, image_size=image_size, embedding_dim=embedding_dim)
+        return IResNet(*IRESNETS[name], in_channels=in_channels, image_size=image_size, embedding_dim=embedding_dim)
     raise UserError(f"unknown backbone {name!r}; known are: toy, {', '.join(IRESNETS)}")
 
 
-IRESNETS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
-    "iresnet-tiny": ((1, 1, 1, 1), (8, 24, 48, 96)),
+# name: blocks, widths, stride of the stem
+IRESNETS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int], int]] = {
+    "iresnet-tiny": ((1, 1, 1, 1), (8, 24, 48, 96), 1),
+    "iresnet-small": ((1, 1, 1, 1), (24, 48, 96, 192), 2),
 }
 
 

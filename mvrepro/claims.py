@@ -3,9 +3,12 @@
 Rules:
     bound     a value that a notebook computed (results/values/<profile>/<artifact>.json) is <= bound:
               reproduced, else not reproduced. For exact mathematics.
-    greater   `better` beats `worse` on `metric`, paired over seeds. Reproduced: the one-sided paired
+    greater   `better` beats `worse` on the profile's metric, paired over seeds; better_variant,
+              worse_variant: in runs of that runs.variant. Reproduced: the one-sided paired
               t-test, Holm-adjusted within the claim's family, has p < 0.05. Qualitatively: the mean
               difference is above 0, but not significant. Not reproduced: it is not above 0.
+    unclear   of none of the `pairs` (better, worse) is the gain significant, judged as in `greater` with the
+              pairs as family: qualitatively (no gain seen is not proof of none), else not reproduced.
     argmax    averaged over `losses` and seeds, the best t lies in `range`: qualitatively (no test
               stands behind it), else not reproduced.
     untested  not tested, with the reason.
@@ -23,7 +26,7 @@ import pandas as pd
 
 from mvrepro import runs
 from mvrepro.errors import UserError
-from mvrepro.files import RESULTS, ROOT, read_json
+from mvrepro.files import RESULTS, ROOT, display, read_json
 from mvrepro.stats import Estimate, holm, paired_difference
 
 if sys.version_info >= (3, 11):
@@ -61,6 +64,14 @@ def load(path: Path = ROOT / "paper" / "claims.toml") -> list[dict[str, Any]]:
     return list(tomllib.loads(path.read_text(encoding="utf-8"))["claim"])
 
 
+def metric(profile: str, path: Path = ROOT / "paper" / "claims.toml") -> tuple[str, str]:
+    """The metric that a profile's verdicts rest on: its column in runs.table and its name for readers."""
+    metrics = tomllib.loads(path.read_text(encoding="utf-8"))["metric"]
+    if profile not in metrics:
+        raise UserError(f"{display(path)}: no metric for the profile {profile!r}; it has: {', '.join(metrics)}")
+    return metrics[profile]["column"], metrics[profile]["label"]
+
+
 def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) -> list[Verdict]:
     """A verdict for each claim (of one notebook, such as "04", or of all) on one profile.
 
@@ -68,27 +79,31 @@ def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) 
     """
     claims = load()
     frame = _runs(profile, folder)
-    differences = {c["id"]: _difference(c, frame) for c in claims if c["rule"] == "greater"}
+    column = metric(profile)[0]
+    differences = {c["id"]: _difference(c, column, frame) for c in claims if c["rule"] == "greater"}
     adjusted = _adjust(claims, differences)
     verdicts = []
     for claim in claims:
         if notebook is None or claim["notebook"] == notebook:
-            verdicts.append(_judge(claim, profile, frame, differences, adjusted, folder))
+            verdicts.append(_judge(claim, profile, column, frame, differences, adjusted, folder))
     return verdicts
 
 
 def _runs(profile: str, folder: Path) -> pd.DataFrame | None:
     try:
-        return runs.table(profile, folder)
+        return runs.table(profile, folder, kind=None)
     except UserError:
         return None
 
 
-def _difference(claim: dict[str, Any], frame: pd.DataFrame | None) -> Estimate | None:
+def _difference(claim: dict[str, Any], column: str, frame: pd.DataFrame | None) -> Estimate | None:
     """The paired difference over the seeds that both losses have, or None where there are too few."""
-    if frame is None or claim["metric"] not in frame:
+    if frame is None or column not in frame:
         return None
-    better, worse = (runs.by_seed(frame, claim["metric"], claim[side]) for side in ("better", "worse"))
+    better, worse = (
+        runs.by_seed(frame[frame["variant"] == claim.get(f"{side}_variant", "")], column, claim[side])
+        for side in ("better", "worse")
+    )
     seeds = better.index.intersection(worse.index)
     if len(seeds) < claim.get("min_seeds", 3):
         return None
@@ -109,6 +124,7 @@ def _adjust(claims: list[dict[str, Any]], differences: dict[str, Estimate | None
 def _judge(
     claim: dict[str, Any],
     profile: str,
+    column: str,
     frame: pd.DataFrame | None,
     differences: dict[str, Estimate | None],
     adjusted: dict[str, float],
@@ -143,11 +159,21 @@ def _judge(
             numbers |= {"seeds": estimate.n, "adjusted_p": p}
     elif rule == "argmax":
         artifact = f"results/runs/{profile}"
-        best = None if frame is None else best_t(frame, claim["metric"], claim["losses"])
+        best = None if frame is None else best_t(frame[frame["variant"] == ""], column, claim["losses"])
         if best is not None:
             low, high = claim["range"]
             verdict = QUALITATIVELY if low - 1e-9 <= best <= high + 1e-9 else NOT_REPRODUCED
             found, numbers = f"best mean at t = {best:g}", {"best_t": best}
+    elif rule == "unclear":
+        artifact = f"results/runs/{profile}"
+        pairs = [_difference({"better": a, "worse": b}, column, frame) for a, b in claim["pairs"]]
+        estimates = [e for e in pairs if e]
+        if profile in claim["profiles"] and len(estimates) == len(pairs):
+            ps = holm([e.p for e in estimates])
+            verdict = QUALITATIVELY if min(ps) >= 0.05 else NOT_REPRODUCED
+            gains = ", ".join(f"{100 * e.mean:+.1f}" for e in estimates)
+            found = f"gains of {gains} points, least adjusted p = {min(ps):.2g}"
+            numbers = {"least_adjusted_p": min(ps), "largest_gain": max(e.mean for e in estimates)}
     elif rule != "untested":
         raise UserError(f"paper/claims.toml, claim {claim['id']}: unknown rule {rule!r}")
     return Verdict(

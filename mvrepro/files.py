@@ -11,6 +11,7 @@ from mvrepro.errors import explain_os_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+LOCAL = ROOT / ".mvrepro"  # what only this machine knows; git ignores it
 TEMPORARY = ".writing-"  # the prefix of files that are not whole yet; git ignores it
 
 

@@ -116,9 +116,15 @@ def indicator(f: Tensor, cos: Tensor) -> Tensor:
     return cos.detach() > f.detach()
 
 
-def emphasise(h: str, cos: Tensor, t: float | Tensor) -> Tensor:
-    """Eqs. 7 and 8: what a marked cosθ_k becomes; s times it is the exponent of h e^{s cosθ_k}."""
-    return cos + t if h == "fixed" else (1 + t) * cos + t
+def emphasise(h: str, cos: Tensor, t: float | Tensor, *, stop_gradient: bool = False) -> Tensor:
+    """Eqs. 7 and 8: what a marked cosθ_k becomes; s times it is the exponent of h e^{s cosθ_k}.
+
+    stop_gradient: the t cosθ_k of Eq. 8 is a number to the backward pass, so a marked class is pushed
+    with the strength of its probability and not 1 + t times that.
+    """
+    if h == "fixed":
+        return cos + t
+    return cos + t * (cos.detach() + 1) if stop_gradient else (1 + t) * cos + t
 
 
 def mine(g: str | None, losses: Tensor, gamma: float, hard_ratio: float) -> Tensor:
@@ -153,6 +159,7 @@ class MarginHead(nn.Module):
     gamma          exponent of F-Softmax;  hard_ratio  share of the batch that HM-Softmax keeps
     easy_margin    the target gets its margin only where cosθ_y > 0, as the authors' code does and
                    their equations don't; the indicator keeps comparing with f(m, θ_y)
+    stop_gradient  the adaptive emphasis passes no gradient (see emphasise); not in the paper
     t_warmup       steps over which t grows linearly from 0, counted in training mode and kept in
                    the state dict
     annealing      A-Softmax only: f = (λ cosθ + f)/(1 + λ), λ = max(5, 1000 (1 + 1e-4 step)^−2), as
@@ -182,6 +189,7 @@ class MarginHead(nn.Module):
         gamma: float = 2.0,
         hard_ratio: float = 0.9,
         easy_margin: bool = False,
+        stop_gradient: bool = False,
         t_warmup: int = 0,
         annealing: bool = False,
         backend: str = "auto",
@@ -212,7 +220,7 @@ class MarginHead(nn.Module):
         self.name, self.loss, self.backend = name, loss, "dense"
         self.embedding_dim, self.num_classes = embedding_dim, num_classes
         self.s, self.m, self.t, self.gamma, self.hard_ratio = s, m, t, gamma, hard_ratio
-        self.easy_margin, self.t_warmup = easy_margin, t_warmup
+        self.easy_margin, self.stop_gradient, self.t_warmup = easy_margin, stop_gradient, t_warmup
         self.annealing, self.check = annealing and loss.f == "A", check
         # Rows of about length 1: the step in the angle goes with 1/|w|², so the length matters.
         self.weight = nn.Parameter(torch.randn(num_classes, embedding_dim) / math.sqrt(embedding_dim))
@@ -233,7 +241,8 @@ class MarginHead(nn.Module):
         target = cos.gather(1, labels[:, None])
         f = self.margin(target)
         if self.loss.h:
-            cos = torch.where(indicator(f, cos), emphasise(self.loss.h, cos, self.current_t()), cos)
+            marked = emphasise(self.loss.h, cos, self.current_t(), stop_gradient=self.stop_gradient)
+            cos = torch.where(indicator(f, cos), marked, cos)
         if self.easy_margin:
             f = torch.where(target > 0, f, target)
         return self.s * cos.scatter(1, labels[:, None], f)

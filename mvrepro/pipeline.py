@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import RESULTS, ROOT, display, read_json, sweep, write_atomic, write_json
+from mvrepro.files import LOCAL, RESULTS, ROOT, display, read_json, sweep, write_atomic, write_json
 
-LOCAL = ROOT / ".mvrepro"  # what only this machine knows; git ignores it
 COMPUTED = LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
 
@@ -72,21 +71,23 @@ class Pipeline:
     def select(self, profile: str, notebook: str | None = None) -> list[Stage]:
         """The stages of a profile, or only those behind one of its notebooks, with all that they need."""
         wanted = [s for s in self.stages if s.startswith(f"{profile}-")]
+        known = sorted({s.split("-")[0] for s in self.stages if "-train@" in s})
         if not wanted:
-            known = sorted({s.split("-")[0] for s in self.stages if "@" in s and "-train" in s})
             raise UserError(f"profile {profile!r} has no stages in dvc.yaml; known are: {', '.join(known)}")
         if notebook:
             wanted = [s for s in wanted if s == f"{profile}-{notebook}"]
             if not wanted:
-                known = [s.removeprefix(f"{profile}-") for s in self.stages if s[len(profile) + 1 :].isdigit()]
+                numbers = [s.removeprefix(f"{profile}-") for s in self.stages if s[len(profile) + 1 :].isdigit()]
                 raise UserError(
-                    f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(known))}"
+                    f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(numbers))}"
                 )
         chosen: set[str] = set()
         todo = [*wanted, *([] if notebook else ["claims"])]
         while todo:
             name = todo.pop()
-            if name not in chosen and name in self.stages:
+            # The claims are judged on every profile; what other profiles have is taken as it lies here.
+            foreign = name.split("-")[0] in set(known) - {profile}
+            if name not in chosen and name in self.stages and not foreign:
                 chosen.add(name)
                 todo += self.stages[name].needs
         return [stage for name, stage in self.stages.items() if name in chosen]
@@ -216,14 +217,17 @@ def only_one() -> Iterator[None]:
         yield
 
 
-def compute(stages: Sequence[Stage], *, force: bool = False, jobs: int | None = None) -> list[Stage]:
-    """Run what this machine has not computed yet (or all, with `force`); returns the stages that ran.
+def compute(
+    stages: Sequence[Stage], *, force: bool = False, jobs: int | None = None, ran: list[Stage] | None = None
+) -> list[Stage]:
+    """Run what this machine has not computed yet (or all, with `force`); returns the stages that ran, which
+    are in `ran`, too, when it ends early.
 
     Raises UserError when a stage fails, with the end of what it printed; what was done stays done.
     """
     _check_writable()
     sweep(RESULTS)
-    memory, ran = Memory(), []
+    memory, ran = Memory(), [] if ran is None else ran
     jobs = jobs or max(1, min(_cores(), MOST_JOBS))
     waiting, done, running = list(stages), set[str](), dict[Future[None], Stage]()
     names = {stage.name for stage in stages}
@@ -242,7 +246,8 @@ def compute(stages: Sequence[Stage], *, force: bool = False, jobs: int | None = 
                 if not running:
                     continue
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
+                # Those that failed last: what ended in the same instant is done and stays done.
+                for future in sorted(finished, key=lambda f: f.exception() is not None):
                     stage = running.pop(future)
                     future.result()
                     for path in stage.writes:

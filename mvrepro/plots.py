@@ -18,7 +18,9 @@ COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and the whole page of a 
 
 PROFILE_NOTES = {
     "quick": "ORL faces, 20 people to train on and 20 others to test with, a small network; "
-    "it shows the machinery and the tendency, not the paper's scale",
+    "it shows the machinery and the tendency, not the paper's scale (notebook 02: digits)",
+    "faces": "trained on CelebA and CFP without the people of LFW, tested on LFW (and on CFP after training on "
+    "CelebA and LFW without the people of CFP), 32×32 pixels, a small network: real protocols, not the paper's scale",
 }
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; a marker for each, so that colour is not alone.

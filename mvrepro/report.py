@@ -29,10 +29,14 @@ KINDS = ("exact", "training")
 
 
 class Report:
-    """One notebook's place in results/. notebook: its two digits; profile: such as "quick"."""
+    """One notebook's place in results/. notebook: its two digits; profile: such as "quick".
+
+    metric, metric_label: what the profile's verdicts rest on, as a column of runs.table and on an axis.
+    """
 
     def __init__(self, notebook: str, profile: str) -> None:
         self.notebook, self.profile = notebook, profile
+        self.metric, self.metric_label = claims.metric(profile)
         self.validating = os.environ.get("MVREPRO_VALIDATE") == "1"
         plots.use_style()
 

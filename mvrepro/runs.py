@@ -19,14 +19,21 @@ def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [read_json(path) for path in paths]
 
 
-def table(profile: str, folder: Path = RESULTS) -> pd.DataFrame:
-    """One row a run: loss, f, h, g, t (0 where the loss has no emphasis), seed, embedding_dim, and a
-    column a metric (shares in [0, 1]); sorted by the order of LOSSES, then t, then seed."""
+def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
+    """One row a run: variant, loss, f, h, g, t (0 where the loss has no emphasis), seed, embedding_dim, and
+    a column a metric (shares in [0, 1]); sorted by the order of LOSSES, then t, then seed.
+
+    kind: the runs of this variant only ("": the plain ones); None: all.
+    """
     rows = []
     for record in records(profile, folder):
         config, row = record["config"], LOSSES[record["config"]["loss"]]
+        variant = config.get("variant", "")
+        if kind is not None and variant != kind:
+            continue
         rows.append(
             {
+                "variant": variant,
                 "loss": config["loss"],
                 "f": row.f,
                 "h": row.h or "–",
@@ -37,6 +44,8 @@ def table(profile: str, folder: Path = RESULTS) -> pd.DataFrame:
                 **record["metrics"],
             }
         )
+    if not rows:
+        raise UserError(f"no runs of the variant {kind!r} in {display(folder / 'runs' / profile)}")
     frame = pd.DataFrame(rows)
     frame["loss"] = pd.Categorical(frame["loss"], categories=list(LOSSES), ordered=True)
     frame = frame.sort_values(["loss", "t", "seed"], kind="stable").reset_index(drop=True)
@@ -44,17 +53,19 @@ def table(profile: str, folder: Path = RESULTS) -> pd.DataFrame:
     return frame
 
 
-def curves(profile: str, folder: Path = RESULTS) -> pd.DataFrame:
-    """One row an epoch of a run: loss, t (0 where the loss has no emphasis), seed, epoch (from 1), and the
-    columns of the curve, whose "loss" is called training_loss here."""
+def curves(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
+    """One row an epoch of a run: variant, loss, t (0 where the loss has no emphasis), seed, epoch (from 1),
+    and the columns of the curve, whose "loss" is called training_loss here. kind: as in table."""
     parts = []
     for record in records(profile, folder):
-        config = dict(record["config"])
+        config = {"variant": "", **record["config"]}
+        if kind is not None and config["variant"] != kind:
+            continue
         config["t"] = config["t"] if LOSSES[config["loss"]].h else 0.0
         part = pd.DataFrame(record["curve"])
         part = part.rename(columns={"loss": "training_loss"})
         part.insert(0, "epoch", range(1, len(part) + 1))
-        for name in ("seed", "t", "loss"):
+        for name in ("seed", "t", "loss", "variant"):
             part.insert(0, name, config[name])
         parts.append(part)
     return pd.concat(parts, ignore_index=True)

@@ -6,19 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import trange
 
-from mvrepro import backbones, data
+from mvrepro import backbones, protocols, tasks
 from mvrepro.checkpoint import load_checkpoint, save_checkpoint
+from mvrepro.data import Images
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic, write_json
 from mvrepro.losses import LOSSES, MarginHead
-from mvrepro.protocols import all_pairs
 from mvrepro.provenance import config_hash, provenance
 
 
@@ -29,15 +27,17 @@ class TrainConfig:
     profile: str
     loss: str
     seed: int
-    data: str  # "orl": people-disjoint verification; "digits": classification, for the toy geometry
+    data: str  # a key of tasks.TASKS
     backbone: str
     embedding_dim: int
     epochs: int
     batch_size: int
     lr: float
     milestones: tuple[int, ...]  # epochs after which lr is divided by 10
+    variant: str = ""  # what sets the run apart from the plain ones of its profile, in words
     image_size: int = 32
-    train_people: int = 20
+    train_people: int = 20  # orl only
+    remove: str = "overlap"  # lfw and cfp: who is taken out of the training set, see tasks.REMOVALS
     momentum: float = 0.9
     weight_decay: float = 5e-4
     flip: bool = True  # mirror each image with probability 0.5; at the test, add the mirror image's embedding
@@ -47,17 +47,20 @@ class TrainConfig:
     gamma: float = 2.0
     hard_ratio: float = 0.9
     easy_margin: bool = False
+    stop_gradient: bool = False
     t_warmup: int = 0  # steps
+    margin_epochs: int = 0  # epochs with t = 0 before the others: starts from the margin model
     annealing: bool = False
     fprs: tuple[float, ...] = (0.01, 0.001)
     device: str = "auto"
     threads: int = 1
 
     def run_name(self) -> str:
-        """The name of the run's files: loss, its t where it has one, seed."""
+        """The name of the run's files: loss, its t where it has one, variant, seed."""
         t = f"_t{self.t:g}" if self.loss in LOSSES and LOSSES[self.loss].h else ""
         dim = f"_{self.embedding_dim}d" if self.data == "digits" else ""
-        return f"{self.loss}{t}{dim}_seed{self.seed}"
+        variant = f"_{self.variant.replace(' ', '-')}" if self.variant else ""
+        return f"{self.loss}{t}{dim}{variant}_seed{self.seed}"
 
 
 class Diverged(UserError):
@@ -100,34 +103,36 @@ def _train(config: TrainConfig, start_from: Path | None, save: Path | None) -> t
     check(config)
     device = pick_device(config.device)
     make_deterministic(config.seed, config.threads)
-    train_set, test_set = load(config)
-    check_test(config, test_set)
-    backbone, head = build(config, train_set, device)
+    task = load(config)
+    backbone, head = build(config, task.train, device)
     if start_from:
         load_checkpoint(start_from, backbone, head)
-    curve = fit(config, backbone, head, train_set, device)
-    embeddings = backbones.embed(backbone, normalise_pixels(test_set), mirror=config.flip)
+    curve = fit(config, backbone, head, task.train, device)
+    embeddings = backbones.embed(backbone, normalise_pixels(task.test), mirror=config.flip)
     if not embeddings.isfinite().all():
         raise Diverged(f"the last step of {config.run_name()} left no numbers in the network: {CURES}")
     if save:
         save_checkpoint(save, backbone, head, config)
+    metrics, evidence = task.judge(embeddings.numpy(), head.weight.detach().cpu().numpy())
     settings = asdict(config)
     record = {
         "config": settings,
         "config_hash": config_hash(settings),
         "sizes": {
-            "train_images": len(train_set),
+            "train_images": len(task.train),
             "train_classes": head.num_classes,
-            "test_images": len(test_set),
+            "test_images": len(task.test),
             "parameters": backbones.parameter_count(backbone),
+            **task.sizes,
         },
-        "metrics": evaluate(config, embeddings, test_set, head),
+        "metrics": metrics,
         "curve": curve,
+        **({"evidence": evidence} if evidence else {}),
         "provenance": provenance(started, str(device), config.threads),
     }
     features = {}
     if config.data == "digits":
-        ids = torch.from_numpy(test_set.ids)
+        ids = torch.from_numpy(task.test.ids)
         features = {"features": embeddings, "ids": ids, "weights": head.weight.detach().cpu()}
     return record, features
 
@@ -144,27 +149,14 @@ def check(config: TrainConfig) -> None:
         "image_size": 1,
         "threads": 1,
         "seed": 0,
+        "margin_epochs": 0,
     }
     for name, bound in least.items():
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= bound):
             raise UserError(f"{name} must be a number >= {bound}, got {value}")
-    wrong = [fpr for fpr in config.fprs if not 0 < fpr <= 1]
-    if wrong:
-        raise UserError(f"a false-positive rate must be in (0, 1], got {wrong[0]}")
-
-
-def check_test(config: TrainConfig, test_set: data.Images) -> None:
-    """Refuse a false-positive rate that the test set has too few impostor pairs for."""
-    if config.data == "digits":
-        return
-    sizes = np.bincount(test_set.ids)
-    impostors = int((len(test_set) ** 2 - (sizes**2).sum()) // 2)
-    if impostors * min(config.fprs) < 1:
-        raise UserError(
-            f"the test has {impostors} impostor pairs, too few for a false-positive rate of {min(config.fprs):g}: "
-            "train on fewer people"
-        )
+    if config.remove not in tasks.REMOVALS:
+        raise UserError(f"unknown remove {config.remove!r}; known are: {', '.join(tasks.REMOVALS)}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -179,21 +171,30 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load(config: TrainConfig) -> tuple[data.Images, data.Images]:
-    """The train and test sets of a config."""
-    if config.data == "orl":
-        return data.split_people(data.orl(config.image_size), config.train_people, config.seed)
-    if config.data == "digits":
-        return data.split_images(data.digits(), 0.25, config.seed)
-    raise UserError(f"unknown data {config.data!r}; known are: orl, digits")
+def load(config: TrainConfig) -> tasks.Task:
+    """The task of a config. Raises UserError where its test has too few impostor pairs for an FPR."""
+    task = tasks.load(
+        config.data,
+        seed=config.seed,
+        image_size=config.image_size,
+        train_people=config.train_people,
+        fprs=config.fprs,
+        remove=config.remove,
+    )
+    if task.impostor_pairs is not None:
+        try:
+            protocols.check_fprs(task.impostor_pairs, config.fprs)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return task
 
 
-def normalise_pixels(images: data.Images) -> Tensor:
-    """(N, C, H, W) float32, (pixel − 127.5)/128."""
-    return (torch.from_numpy(images.pixels).float() - 127.5) / 128
+def normalise_pixels(images: Images) -> Tensor:
+    """(N, C, H, W) float32, (pixel − 127.5)/128, channels last: on a CPU convolutions are faster then."""
+    return ((torch.from_numpy(images.pixels).float() - 127.5) / 128).contiguous(memory_format=torch.channels_last)
 
 
-def build(config: TrainConfig, train_set: data.Images, device: torch.device) -> tuple[nn.Module, MarginHead]:
+def build(config: TrainConfig, train_set: Images, device: torch.device) -> tuple[nn.Module, MarginHead]:
     """The backbone and the head of a config, on the device."""
     _, channels, _, side = train_set.pixels.shape
     backbone = backbones.build(
@@ -210,32 +211,34 @@ def build(config: TrainConfig, train_set: data.Images, device: torch.device) -> 
             gamma=config.gamma,
             hard_ratio=config.hard_ratio,
             easy_margin=config.easy_margin,
+            stop_gradient=config.stop_gradient,
             t_warmup=config.t_warmup,
             annealing=config.annealing,
             check=False,  # the labels are 0 … K−1 by construction, and `fit` looks at the loss itself
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    return backbone.to(device), head.to(device)
+    return backbone.to(device, memory_format=torch.channels_last), head.to(device)  # type: ignore[call-overload]
 
 
 def fit(
-    config: TrainConfig, backbone: nn.Module, head: MarginHead, train_set: data.Images, device: torch.device
+    config: TrainConfig, backbone: nn.Module, head: MarginHead, train_set: Images, device: torch.device
 ) -> dict[str, list[float]]:
-    """Run all epochs; returns, for each, the mean loss, the learning rate, and the share of negative
-    classes that are marked (Eq. 5) and the mean cosθ_y at its first step."""
+    """Run all epochs; returns, for each, the mean loss, the learning rate, and at its first step the share
+    of negative classes that are marked (Eq. 5), the mean cosθ_y and the mean cosθ_k of the others."""
     images, labels = normalise_pixels(train_set).to(device), torch.from_numpy(train_set.ids).to(device)
     parameters = [*backbone.parameters(), *head.parameters()]
     optimiser = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(config.milestones))
     order = torch.Generator().manual_seed(config.seed)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    curve: dict[str, list[float]] = {"loss": [], "lr": [], "marked_share": [], "target_cosine": []}
+    curve: dict[str, list[float]] = {name: [] for name in ("loss", "lr", *COSINES)}
     step = 0
     # disable=None: a bar in a terminal, silence in a notebook, a pipe or a log.
     bar = trange(config.epochs, desc=config.run_name(), unit="epoch", disable=None, leave=False)
     for epoch in bar:
         backbone.train(), head.train()
+        head.t = config.t if epoch >= config.margin_epochs else 0.0
         total, seen = 0.0, 0
         batches = torch.randperm(len(labels), generator=order).split(config.batch_size)
         for first, rows in enumerate(batches):
@@ -248,9 +251,8 @@ def fit(
             with half:
                 embeddings = backbone(batch)
             if first == 0:
-                share, cosine = marked_share(head, embeddings.detach(), truth)
-                curve["marked_share"].append(share)
-                curve["target_cosine"].append(cosine)
+                for name, value in cosines(head, embeddings.detach(), truth).items():
+                    curve[name].append(value)
             loss = head(embeddings, truth)
             value = loss.item()
             step += 1
@@ -271,20 +273,16 @@ def fit(
     return curve
 
 
+COSINES = ("marked_share", "target_cosine", "negative_cosine")
+
+
 @torch.no_grad()
-def marked_share(head: MarginHead, embeddings: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The share of negative classes k ≠ y with f(m, θ_y) < cosθ_k, and the mean cosθ_y, of one batch."""
+def cosines(head: MarginHead, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of one batch, by the names of COSINES: the share of negative classes k ≠ y with f(m, θ_y) < cosθ_k,
+    the mean cosθ_y, and the mean cosθ_k of the negative classes."""
     cos = head.cosines(embeddings)
     target = cos.gather(1, labels[:, None])
     marked = (cos > head.margin(target)).scatter(1, labels[:, None], False)
-    return round(marked.sum().item() / (len(labels) * (head.num_classes - 1)), 6), round(target.mean().item(), 6)
-
-
-def evaluate(config: TrainConfig, embeddings: Tensor, test_set: data.Images, head: MarginHead) -> dict[str, float]:
-    """Metrics of the test embeddings, as shares in [0, 1]: TPR at each FPR over all pairs (faces), or
-    the accuracy of the nearest class weight (digits)."""
-    if config.data == "digits":
-        nearest = (F.normalize(embeddings) @ F.normalize(head.weight.detach().cpu()).T).argmax(1)
-        return {"accuracy": (nearest == torch.from_numpy(test_set.ids)).float().mean().item()}
-    points = all_pairs(embeddings.numpy(), test_set.ids, config.fprs)
-    return {f"tpr@fpr={p.fpr:g}": p.tpr for p in points}
+    negatives = len(labels) * (head.num_classes - 1)
+    values = (marked.sum() / negatives, target.mean(), (cos.sum() - target.sum()) / negatives)
+    return {name: round(value.item(), 6) for name, value in zip(COSINES, values, strict=True)}

@@ -585,6 +585,25 @@ def test_only_a_softmax_is_annealed(name):
     assert_same(library(name, data, annealing=True), library(name, data))
 
 
+@pytest.mark.parametrize("name", ["MV-AM-Softmax-a", "MV-Arc-Softmax-a", "SV-Softmax"])
+def test_a_stopped_gradient_leaves_the_loss_and_takes_1_plus_t_from_the_marked_push(name):
+    torch.manual_seed(0)
+    x, y, t = torch.randn(6, 5, dtype=torch.float64), torch.arange(6), 0.4
+    plain, stopped = (MarginHead(name, 5, 9, t=t, stop_gradient=stop).double() for stop in (False, True))
+    stopped.load_state_dict(plain.state_dict())
+    heads, grads = (plain, stopped), []
+    for head in heads:
+        cos = head.cosines(x).detach().requires_grad_()
+        head.cosines = lambda _, cos=cos: cos
+        head(x, y).backward()
+        grads.append(cos.grad)
+    assert torch.equal(plain.logits(x, y), stopped.logits(x, y))
+    target = cos.gather(1, y[:, None])
+    marked = (cos > plain.margin(target)).scatter(1, y[:, None], False)
+    assert marked.any() and not marked.all()
+    torch.testing.assert_close(grads[0], torch.where(marked, (1 + t) * grads[1], grads[1]))
+
+
 def test_t_warmup_grows_linearly_in_training_mode():
     data = draw(SMALL, seed=2)
     for name, t in itertools.product(["MV-AM-Softmax-a", "MV-Arc-Softmax-f"], [0.2, 0.5]):

@@ -39,9 +39,12 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            path = ROOT / (name.replace(".", "/") + ".py")
-            if path.is_file():
-                found.add(str(path.relative_to(ROOT)))
+            # A package runs its __init__ whichever of its modules is asked for.
+            packages = [name.rsplit(".", depth)[0] + ".__init__" for depth in range(1, name.count(".") + 1)]
+            for module in (name, f"{name}.__init__", *packages):
+                path = ROOT / (module.replace(".", "/") + ".py")
+                if path.is_file():
+                    found.add(str(path.relative_to(ROOT)))
     return found
 
 

@@ -10,7 +10,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
-from mvrepro.protocols import Operating, all_pairs, pair_scores, tpr_at_fpr
+from mvrepro.protocols import (
+    Operating,
+    all_pairs,
+    check_fprs,
+    every_pair,
+    impostor_pairs,
+    pair_cosines,
+    pair_scores,
+    tpr_at_fpr,
+)
+from mvrepro.protocols.scores import Largest
 
 often = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -281,3 +291,123 @@ def test_shapes_that_do_not_belong_together_are_refused(embeddings: tuple[int, .
 def test_no_pair_of_one_kind_is_an_error_that_says_which(people: int, side: str) -> None:
     with pytest.raises(ValueError, match=f"^{side} scores must be numbers"):
         all_pairs(*some_embeddings(8, people), [0.5])
+
+
+# Every pair, in blocks
+
+
+@often
+@given(st.integers(0, 10_000), st.integers(6, 40), st.integers(1, 6), st.integers(1, 45), st.booleans())
+def test_blocks_of_any_size_give_what_all_pairs_at_once_give(
+    seed: int, rows: int, people: int, chunk: int, tie: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(np.arange(rows) % (people + 1))
+    # ±1 in 4 dimensions: cosines are exact quarters and nearly all of them tie.
+    embeddings = rng.choice([-1.0, 1.0], (rows, 4)) if tie else rng.normal(size=(rows, 5))
+    genuine, impostor = pair_scores(embeddings, ids)
+    assume(len(genuine))
+    steps = [k / len(impostor) for k in range(1, len(impostor) + 1)]
+    for fprs in (steps[:1], steps[len(steps) // 2 :], steps):
+        found = every_pair(embeddings, ids, fprs, chunk)
+        assert found.points == all_pairs(embeddings, ids, fprs, chunk) == tpr_at_fpr(genuine, impostor, fprs)
+    assert np.sort(found.genuine).tobytes() == np.sort(genuine).tobytes()
+    for person in range(people + 1):
+        mine = pair_scores(embeddings[ids == person], ids[ids == person])[0]
+        assert np.sort(found.genuine[found.genuine_ids == person]).tobytes() == np.sort(mine).tobytes()
+    for row, scores in enumerate((impostor, genuine)):
+        bins = [min(max(math.floor((Fraction(float(s)) + 1) * 100), 0), 199) for s in scores]
+        assert found.histogram[row].tolist() == np.bincount(bins, minlength=200).tolist()
+
+
+def test_every_pair_keeps_names_and_forgets_no_impostor_of_a_longer_stream() -> None:
+    rng = np.random.default_rng(3)
+    names = np.array([f"person {n}" for n in rng.integers(0, 60, 700)])
+    embeddings = rng.normal(size=(700, 3)).astype(np.float32)
+    fprs = [1e-4, 1e-3, 0.02]  # keeps 4,900 of 240,000: the buffer runs over many times
+    genuine, impostor = pair_scores(embeddings, names)
+    found = every_pair(embeddings, names, fprs, chunk=50)
+    assert found.points == tpr_at_fpr(genuine, impostor, fprs)
+    assert impostor_pairs(names) == len(impostor) == found.histogram[0].sum()
+    assert sorted(set(found.genuine_ids)) == list(found.genuine_ids[np.sort(np.unique(found.genuine_ids, True)[1])])
+
+
+@often
+@given(
+    st.one_of(st.lists(st.integers(-3, 3), max_size=60), st.lists(st.floats(0, 1 / 128, width=32), max_size=60)),
+    st.integers(1, 12),
+    st.integers(1, 7),
+)
+def test_the_largest_of_a_stream(scores: list[float], keep: int, size: int) -> None:
+    largest = Largest(keep)
+    block = np.empty(size, np.float32)
+    for at in range(0, len(scores), size):
+        part = np.float32(scores[at : at + size])
+        block[: len(part)] = part
+        largest.add(block[: len(part)])
+        block[:] = 99  # it must not have kept the caller's array
+    assert sorted(largest.scores()) == sorted(scores)[-keep:]
+
+
+def test_every_pair_refuses_what_the_two_it_stands_for_refuse() -> None:
+    embeddings, ids = some_embeddings(9, 3)
+    with pytest.raises(ValueError, match=r"^27 impostor pairs can't show a false-positive rate of 0.01"):
+        every_pair(embeddings, ids, [0.5, 0.01])
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 1.5"):
+        every_pair(embeddings, ids, [1.5])
+    with pytest.raises(ValueError, match=r"must be \(N, D\) and ids \(N,\)"):
+        every_pair(embeddings, ids[:8], [0.5])
+    with pytest.raises(ValueError, match="chunk must be 1 or more, got 0"):
+        every_pair(embeddings, ids, [0.5], chunk=0)
+    embeddings[5] = 0
+    with pytest.raises(ValueError, match="row 5 is not"):
+        every_pair(embeddings, ids, [0.5])
+
+
+def test_check_fprs_draws_the_line_where_tpr_at_fpr_does() -> None:
+    check_fprs(1000, [0.001, 1.0])
+    check_fprs(10, [0.1])
+    with pytest.raises(ValueError, match=r"^999 impostor pairs can't show a false-positive rate of 0.001"):
+        check_fprs(999, [1.0, 0.001])
+
+
+@often
+@given(st.integers(0, 10_000))
+def test_cosines_of_given_pairs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    embeddings = rng.normal(size=(7, 5))
+    left, right = rng.integers(0, 7, (2, 20))
+    for score, a, b in zip(pair_cosines(embeddings, left, right), left, right, strict=True):
+        p, q = embeddings[a].tolist(), embeddings[b].tolist()
+        expected = math.fsum(s * t for s, t in zip(p, q, strict=True)) / (math.hypot(*p) * math.hypot(*q))
+        assert score == pytest.approx(expected, abs=1e-7)
+
+
+def test_cosines_of_more_pairs_than_a_chunk_and_of_none() -> None:
+    embeddings, _ = some_embeddings(100, 5)
+    left, right = np.triu_indices(100, k=1)
+    assert len(left) > 4096
+    genuine, impostor = pair_scores(embeddings, np.arange(100) // 100)
+    assert not len(impostor)
+    np.testing.assert_allclose(pair_cosines(embeddings, left, right), genuine, rtol=0, atol=1e-7)
+    assert pair_cosines(embeddings, [], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "message"),
+    [
+        ([0, 1], [0], r"left and right must be \(P,\) each, got \(2,\) and \(1,\)"),
+        ([0, 9], [0, 1], "left must be row numbers, integers from 0 to 8"),
+        ([0, 1], [-1, 1], "right must be row numbers"),
+        ([0.0, 1.0], [0, 1], "left must be row numbers"),
+    ],
+)
+def test_cosines_refuse_what_is_no_row(left: list[int], right: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pair_cosines(some_embeddings(9, 3)[0], left, right)
+
+
+def test_a_threshold_holds_for_float32_scores_in_float64() -> None:
+    scores = np.float32([0.1, 0.3, 0.3, 0.7])
+    (point,) = tpr_at_fpr([1.0], scores, [0.5])
+    assert np.sum(scores >= np.float64(point.threshold)) == point.false_accepts == 1

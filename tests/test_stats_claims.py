@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from mvrepro import claims, plots, published, report, runs
 from mvrepro.errors import UserError
 from mvrepro.losses import LOSSES
-from mvrepro.stats import detectable_difference, holm, mean_interval, paired_difference
+from mvrepro.stats import bootstrap_people, detectable_difference, holm, mean_interval, paired_difference
 
 METRIC = "tpr@fpr=0.01"
 
@@ -94,6 +94,48 @@ def test_the_detectable_difference_grows_with_the_spread_alone():
         detectable_difference([0.1])
 
 
+def test_bootstrap_of_people_who_have_one_pair_each_is_that_of_the_pairs():
+    generator = np.random.default_rng(0)
+    d = generator.normal(0.1, 1, (1, 400))
+    people = np.arange(400)
+    found = bootstrap_people(d, people, people)
+    exact = scipy_stats.bootstrap((d[0],), np.mean, method="percentile", rng=1).confidence_interval
+    assert found.mean == pytest.approx(d.mean())
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.02)
+
+
+def test_bootstrap_keeps_the_pairs_of_a_person_together():
+    generator = np.random.default_rng(1)
+    people = np.repeat(np.arange(40), 25)
+    d = np.repeat(generator.normal(0, 1, 40), 25)[None]  # 40 numbers, not 1,000
+    found = bootstrap_people(d, people, people)
+    theory = 2 * 1.96 * d.std() / np.sqrt(40)
+    assert found.high - found.low == pytest.approx(theory, rel=0.15)
+    assert found.n == 40
+
+
+def test_bootstrap_counts_a_pair_of_two_people_by_both():
+    generator = np.random.default_rng(2)
+    effect = generator.normal(0, 1, 60)
+    left, right = np.triu_indices(60, 1)
+    d = (effect[left] + effect[right])[None]
+    found = bootstrap_people(d, left, right, draws=4000)
+    # Var of the mean of e_i + e_j over all pairs, when people are drawn: (2σ)²/n.
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 2 * effect.std() / np.sqrt(60), rel=0.15)
+
+
+def test_bootstrap_gives_genuine_and_impostor_pairs_half_each_and_draws_seeds():
+    left, right = np.array([0, 1, 2, 0, 0, 1]), np.array([0, 1, 2, 1, 2, 2])
+    d = np.array([[1.0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]])
+    same = bootstrap_people(d, left, right, draws=50)
+    assert (same.mean, same.low, same.high, same.p) == (0.5, 0.5, 0.5, 0.0)
+    two = bootstrap_people(np.vstack([d[0], -d[0]]), left, right, draws=400)
+    assert (two.mean, two.low, two.high) == (0.0, -0.5, 0.5)
+    assert 0.5 < two.p < 0.9  # both seeds, or the same twice: 0 or below in three of four draws
+    with pytest.raises(ValueError, match=r"differences must be \(S, P\)"):
+        bootstrap_people(d, left[1:], right[1:])
+
+
 # --- made-up runs ---------------------------------------------------------------------------------------
 
 
@@ -103,10 +145,10 @@ def add(tmp_path):
     number = count()
     (tmp_path / "runs" / "made-up").mkdir(parents=True)
 
-    def write(loss, values, t=0.2, metric=METRIC):
+    def write(loss, values, t=0.2, metric=METRIC, **settings):
         for seed, value in enumerate(values):
             record = {
-                "config": {"loss": loss, "t": t, "seed": seed, "embedding_dim": 8},
+                "config": {"loss": loss, "t": t, "seed": seed, "embedding_dim": 8} | settings,
                 "metrics": {metric: value},
                 "curve": {"loss": [3.0, 2.0], "marked_share": [0.5, 0.25]},
             }
@@ -123,13 +165,14 @@ def judge(tmp_path, monkeypatch):
     def evaluate(*rows, notebook=None):
         base = {"notebook": "04", "claim": "made up", "source": "nobody", "mark": "D"}
         monkeypatch.setattr(claims, "load", lambda: [base | row for row in rows])
+        monkeypatch.setattr(claims, "metric", lambda profile: (METRIC, "a share (%)"))
         return {v.id: v for v in claims.evaluate("made-up", notebook, tmp_path)}
 
     return evaluate
 
 
 def greater(id_="g", better="AM-Softmax", worse="Softmax", family="one", **more):
-    row = {"id": id_, "rule": "greater", "better": better, "worse": worse, "family": family, "metric": METRIC}
+    row = {"id": id_, "rule": "greater", "better": better, "worse": worse, "family": family}
     return row | more
 
 
@@ -158,6 +201,25 @@ def test_by_seed_takes_the_default_t_or_the_one_asked_for(add, tmp_path):
     assert runs.by_seed(frame, METRIC, "Softmax").empty
 
 
+def test_the_table_has_plain_runs_unless_it_is_asked_for_others(add, tmp_path):
+    add("AM-Softmax", [0.5, 0.6])
+    add("AM-Softmax", [0.7], variant="easy margin")
+    add("AM-Softmax", [0.8], variant="CFP")
+    found = runs.table("made-up", tmp_path, kind=None)
+    assert dict(zip(found[METRIC], found["variant"], strict=True)) == {
+        0.5: "",
+        0.6: "",
+        0.7: "easy margin",
+        0.8: "CFP",
+    }
+    assert list(runs.table("made-up", tmp_path)[METRIC]) == [0.5, 0.6]
+    assert list(runs.table("made-up", tmp_path, kind="easy margin")[METRIC]) == [0.7]
+    assert len(runs.curves("made-up", tmp_path)) == 4
+    assert set(runs.curves("made-up", tmp_path, kind="easy margin")["variant"]) == {"easy margin"}
+    with pytest.raises(UserError, match="no runs of the variant 'nothing'"):
+        runs.table("made-up", tmp_path, kind="nothing")
+
+
 def test_two_runs_of_the_same_are_an_error(add, tmp_path):
     add("Softmax", [0.5])
     add("Softmax", [0.6])
@@ -170,6 +232,7 @@ def test_curves_have_a_row_an_epoch(add, tmp_path):
     add("MV-AM-Softmax-f", [0.5], t=0.3)
     frame = runs.curves("made-up", tmp_path)
     assert frame.to_dict("list") == {
+        "variant": [""] * 4,
         "loss": ["AM-Softmax"] * 2 + ["MV-AM-Softmax-f"] * 2,
         "t": [0.0, 0.0, 0.3, 0.3],
         "seed": [0] * 4,
@@ -214,6 +277,40 @@ def test_greater_needs_seeds_that_both_losses_have(add, judge):
     assert [v.verdict for v in found.values()] == [claims.NOT_TESTED, claims.QUALITATIVELY, claims.NOT_TESTED]
     assert found["why"].found == "no time"
     assert found["g"].numbers == {}
+
+
+def test_greater_between_variants(add, judge):
+    add("AM-Softmax", [0.5, 0.5, 0.5])
+    add("AM-Softmax", [0.6, 0.61, 0.62], variant="easy margin")
+    claim = greater(better="AM-Softmax", worse="AM-Softmax", better_variant="easy margin")
+    assert judge(claim)["g"].numbers["difference"] == pytest.approx(0.11)
+    assert judge(claim)["g"].verdict == "reproduced"
+    assert judge(claim | {"worse_variant": "easy margin", "better_variant": ""})["g"].verdict == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("better", "profiles", "verdict"),
+    [
+        ([0.51, 0.5, 0.49], ["made-up"], "qualitatively"),
+        ([0.6, 0.61, 0.62], ["made-up"], "not reproduced"),
+        ([0.51, 0.5, 0.49], ["another"], "not tested"),
+        ([0.51, 0.5], ["made-up"], "not tested"),
+    ],
+)
+def test_unclear(add, judge, better, profiles, verdict):
+    add("Softmax", [0.5, 0.5, 0.5])
+    add("AM-Softmax", better)
+    add("Arc-Softmax", [0.4, 0.5, 0.5])
+    pairs = [["AM-Softmax", "Softmax"], ["Arc-Softmax", "Softmax"]]
+    claim = {"id": "u", "rule": "unclear", "pairs": pairs, "profiles": profiles, "why": "because"}
+    assert judge(claim)["u"].verdict == verdict
+
+
+def test_every_profile_with_claims_has_a_metric():
+    assert claims.metric("quick")[0] == "tpr@fpr=0.01"
+    assert claims.metric("faces")[0] == "lfw_accuracy"
+    with pytest.raises(UserError, match=r"claims.toml: no metric for the profile 'other'; it has: quick, faces"):
+        claims.metric("other")
 
 
 def test_greater_takes_the_default_t(add, judge):

@@ -24,7 +24,6 @@ from mvrepro.data import Images
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
 from mvrepro.losses import LOSSES, MarginHead
-from mvrepro.protocols import all_pairs
 from mvrepro.train import Diverged, TrainConfig
 
 CPU = torch.device("cpu")
@@ -71,8 +70,8 @@ CONFIGS = pytest.mark.parametrize("config_of", [toy, faces])
 def modules(config: TrainConfig) -> tuple[nn.Module, MarginHead, Images]:
     """Backbone and head of a config, untrained, with its test images."""
     torch.manual_seed(config.seed)
-    train_set, test_set = train.load(config)
-    return *train.build(config, train_set, CPU), test_set
+    task = train.load(config)
+    return *train.build(config, task.train, CPU), task.test
 
 
 def fit_few(images: int, **changes: Any) -> tuple[dict[str, list[float]], MarginHead, list[float]]:
@@ -98,7 +97,7 @@ def test_record_says_what_was_done(config_of: Any, tmp_path: Path) -> None:
     assert record["config"] == dataclasses.asdict(config)
     expected = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
     assert record["config_hash"] == expected
-    assert list(record["curve"]) == ["loss", "lr", "marked_share", "target_cosine"]
+    assert list(record["curve"]) == ["loss", "lr", "marked_share", "target_cosine", "negative_cosine"]
     assert {len(values) for values in record["curve"].values()} == {2}
     assert all(0 <= share <= 1 for share in [*record["metrics"].values(), *record["curve"]["marked_share"]])
     assert all(-1 <= cosine <= 1 for cosine in record["curve"]["target_cosine"])
@@ -439,6 +438,17 @@ def test_a_checkpoint_holds_every_bit_and_the_settings(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["config"]) == json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def test_margin_epochs_are_those_of_the_margin_loss() -> None:
+    """The first epochs are AM-Softmax to the bit; then t comes in."""
+    margin = train.train(toy(loss="AM-Softmax", epochs=3))["curve"]
+    first = train.train(toy(loss="MV-AM-Softmax-f", epochs=3, margin_epochs=2))["curve"]
+    assert first["loss"][:2] == margin["loss"][:2]
+    assert first["target_cosine"] == margin["target_cosine"]  # those of the first step of an epoch
+    assert first["loss"][2] > margin["loss"][2]
+    never = train.train(toy(loss="MV-AM-Softmax-f", epochs=3, margin_epochs=3))["curve"]
+    assert never == margin
+
+
 def test_an_mv_loss_starts_from_a_margin_model(tmp_path: Path) -> None:
     train.train(toy(loss="AM-Softmax", epochs=2), save=tmp_path / "am.safetensors")
     from_scratch = train.train(toy(loss="MV-AM-Softmax-a"))["curve"]
@@ -564,6 +574,8 @@ def test_settings_that_make_no_sense_are_one_message(config: TrainConfig, messag
         # 100 impostor pairs, and a FPR of 0.001 is asked for: it takes a whole training to find out.
         pytest.param(faces(train_people=38, epochs=0), id="train_people=38"),
         pytest.param(faces(fprs=(2.0,), epochs=0), id="fprs=2"),
+        pytest.param(faces(margin_epochs=-1, epochs=0), id="margin_epochs=-1"),
+        pytest.param(faces(remove="nobody", epochs=0), id="remove=nobody"),
     ],
 )
 def test_other_settings_that_make_no_sense_are_one_message_too(config: TrainConfig) -> None:
@@ -610,26 +622,13 @@ def on_circle(*degrees: float) -> torch.Tensor:
 def test_marked_share_of_a_case_worked_out_by_hand(loss: str, m: float | None, share: float) -> None:
     head = MarginHead(loss, 2, 3, m=m)
     head.weight.data = 3 * on_circle(0, 90, 180)
-    found = train.marked_share(head, 7 * on_circle(30, 50), torch.tensor([0, 1]))
-    assert found == (share, pytest.approx((math.cos(math.radians(30)) + math.cos(math.radians(40))) / 2, abs=2e-6))
-
-
-def test_accuracy_is_that_of_the_nearest_weight_at_any_length() -> None:
-    head = MarginHead("AM-Softmax", 2, 3)
-    head.weight.data = torch.tensor([[9.0], [1.0], [0.1]]) * on_circle(0, 120, 240)
-    embeddings = torch.tensor([[1.0], [50.0], [0.01], [1.0]]) * on_circle(59, 61, 181, 10)  # nearest: 0, 1, 2, 0
-    images = Images(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 1, 2, 2]))
-    assert train.evaluate(toy(), embeddings, images, head) == {"accuracy": 0.75}
-
-
-def test_verification_is_over_all_pairs_of_the_test_embeddings() -> None:
-    ids = np.repeat(np.arange(5), 4)
-    embeddings = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
-    images = Images(np.zeros((20, 1, 8, 8), np.uint8), ids)
-    found = train.evaluate(faces(fprs=(0.5, 0.01)), embeddings, images, MarginHead("Softmax", 6, 5))
-    half, hundredth = all_pairs(embeddings.numpy(), ids, (0.5, 0.01))
-    assert found == {"tpr@fpr=0.5": half.tpr, "tpr@fpr=0.01": hundredth.tpr}
-    assert half.tpr > hundredth.tpr
+    found = train.cosines(head, 7 * on_circle(30, 50), torch.tensor([0, 1]))
+    target, negative = [30, 40], [60, 150, 50, 130]
+    assert found == {
+        "marked_share": share,
+        "target_cosine": pytest.approx(np.cos(np.radians(target)).mean(), abs=2e-6),
+        "negative_cosine": pytest.approx(np.cos(np.radians(negative)).mean(), abs=2e-6),
+    }
 
 
 @pytest.mark.parametrize("flip", [False, True])

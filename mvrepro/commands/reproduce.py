@@ -5,7 +5,7 @@ import time
 
 from mvrepro.compare import compare
 from mvrepro.files import display
-from mvrepro.pipeline import Pipeline, compute, only_one
+from mvrepro.pipeline import Pipeline, Stage, compute, only_one
 
 MOST_LINES = 20
 
@@ -23,7 +23,12 @@ def run(arguments: argparse.Namespace) -> int:
     with only_one():
         pipeline = Pipeline()
         stages = pipeline.select(arguments.profile, arguments.notebook)
-        ran = compute(stages, force=arguments.force, jobs=arguments.jobs)
+        ran: list[Stage] = []
+        try:
+            compute(stages, force=arguments.force, jobs=arguments.jobs, ran=ran)
+        except BaseException:
+            pipeline.accept(ran)  # hours of training that are done count as done
+            raise
         stale = pipeline.stale(stages)
         pipeline.accept([stage for stage in stages if stage.name in stale])
         result = compare(stages)

@@ -12,11 +12,13 @@ from mvrepro.files import ROOT, display
 
 # What each option means; those of a profile come from params.yaml and can be overruled here.
 OPTIONS: dict[str, tuple[type, str]] = {
-    "data": (str, "orl or digits"),
+    "variant": (str, "what sets this run apart from the plain ones of its profile, in words"),
+    "data": (str, "orl, digits, lfw or cfp: what is trained on and tested with"),
     "backbone": (str, "name of the network"),
     "embedding_dim": (int, "dimensions of an embedding"),
     "image_size": (int, "side of the (square) input"),
-    "train_people": (int, "how many people to train on; the rest is for the test"),
+    "train_people": (int, "orl: how many people to train on; the rest is for the test"),
+    "remove": (str, "lfw, cfp: overlap (who is also in the test set) or others (as many who are not)"),
     "epochs": (int, "passes over the training set"),
     "batch_size": (int, "images a step"),
     "lr": (float, "learning rate at the start"),
@@ -28,11 +30,13 @@ OPTIONS: dict[str, tuple[type, str]] = {
     "gamma": (float, "exponent of the F losses"),
     "hard_ratio": (float, "share of a batch that the HM losses keep"),
     "t_warmup": (int, "steps over which t grows from 0"),
+    "margin_epochs": (int, "epochs with t = 0 before the others: start from the margin model"),
     "device": (str, "auto, cpu, cuda, cuda:1, …"),
     "threads": (int, "CPU threads; another number gives other last bits"),
 }
 FLAGS = {
     "easy_margin": "the margin only where cosθ_y > 0, as in the authors' code",
+    "stop_gradient": "no gradient through the emphasis of the adaptive form; not in the paper",
     "annealing": "A-Softmax with the annealed λ of the authors' code",
     "flip": "mirror each image with probability 0.5",
 }

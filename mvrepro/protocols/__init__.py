@@ -1,0 +1,50 @@
+"""Protocols on arrays of embeddings, scores, ids and names: they know nothing of models.
+
+A score is a cosine, larger is more alike. Rates are shares in [0, 1].
+"""
+
+from mvrepro.protocols.folds import KFold, kfold_accuracy
+from mvrepro.protocols.identification import (
+    Identification,
+    MegaFace,
+    TrillionPairs,
+    identify,
+    megaface,
+    tpr_at_far_distractors,
+    trillion_pairs,
+)
+from mvrepro.protocols.open_set import Blufr, blufr
+from mvrepro.protocols.verification import (
+    AllPairs,
+    Operating,
+    all_pairs,
+    check_fprs,
+    every_pair,
+    impostor_pairs,
+    pair_cosines,
+    pair_scores,
+    tpr_at_fpr,
+)
+
+__all__ = [
+    "AllPairs",
+    "Blufr",
+    "Identification",
+    "KFold",
+    "MegaFace",
+    "Operating",
+    "TrillionPairs",
+    "all_pairs",
+    "blufr",
+    "check_fprs",
+    "every_pair",
+    "identify",
+    "impostor_pairs",
+    "kfold_accuracy",
+    "megaface",
+    "pair_cosines",
+    "pair_scores",
+    "tpr_at_far_distractors",
+    "tpr_at_fpr",
+    "trillion_pairs",
+]

@@ -1,0 +1,183 @@
+"""BLUFR: verification and open-set identification on all of LFW."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mvrepro.errors import UserError
+from mvrepro.protocols.scores import Largest, unit
+from mvrepro.protocols.verification import check_fprs, impostor_pairs, operating_points, scan_pairs, to_keep, tpr_at_fpr
+
+Entry = tuple[str, str]  # an image's name, and where the list names it
+
+
+@dataclass(frozen=True)
+class Blufr:
+    """vr, dir (T,) float64: each trial's verification rate, and its detection and identification rate at rank 1."""
+
+    vr: NDArray[np.float64]
+    dir: NDArray[np.float64]
+
+    @property
+    def vr_summary(self) -> float:
+        """Mean − standard deviation over trials, the benchmark's figure; ddof = 1, as MATLAB's std has it."""
+        return _fused(self.vr)
+
+    @property
+    def dir_summary(self) -> float:
+        """As vr_summary."""
+        return _fused(self.dir)
+
+
+def _fused(rates: NDArray[np.float64]) -> float:
+    return float(rates.mean() - (rates.std(ddof=1) if len(rates) > 1 else 0))
+
+
+def blufr(
+    embeddings: ArrayLike,
+    names: Sequence[str],
+    lists_dir: str | Path,
+    *,
+    far_verification: float = 0.001,
+    far_identification: float = 0.01,
+) -> Blufr:
+    """The BLUFR benchmark (Liao, Lei, Yi, Li, "A benchmark study of large-scale unconstrained face recognition", 2014).
+
+    embeddings (N, D); names (N,) of their images in any order, as Aaron_Eckhart_0001, with or without
+    .jpg: the person is the name without its number. lists_dir holds test_set.txt, gallery_set.txt and
+    probe_set.txt. Per trial,
+    - vr: the share of genuine pairs accepted, over all pairs of the test set, where at most
+      floor(FAR · impostor pairs) impostor pairs are;
+    - dir: the gallery has one image a person. Of the probes of people in it, the share whose own person's
+      score is the highest of all (a tie fails) and is accepted, at the threshold where at most
+      floor(FAR · such probes) of the probes of other people have a gallery score that is accepted.
+    Ties at either threshold are refused, as in tpr_at_fpr. Raises UserError, with file and line, for lists
+    that are missing, malformed or name images that names lacks, and for names that come twice; ValueError
+    for wrong arrays and for a FAR too small for its trial.
+    """
+    x = unit(embeddings)
+    rows = _rows(names)
+    if len(rows) != len(x):
+        raise ValueError(f"embeddings must be (N, D) and names (N,), got {x.shape} and ({len(rows)},)")
+    person = {name: code for code, name in enumerate(sorted({_person(name) for name in rows}))}
+    codes = np.empty(len(x), np.intp)
+    for name, row in rows.items():
+        codes[row] = person[_person(name)]
+    folder = Path(lists_dir)
+    paths = [folder / f"{kind}_set.txt" for kind in ("test", "gallery", "probe")]
+    trials = [list(_trials(path)) for path in paths]
+    if len({len(t) for t in trials}) != 1:
+        counts = ", ".join(f"{path.name} has {len(t)}" for path, t in zip(paths, trials, strict=True))
+        raise UserError(f"{folder}: the lists must have as many trials each, but {counts}")
+    # All of the lists are checked before the first product: an error in the last line costs no minute.
+    sets = [[_look_up(entries, rows) for entries in trial] for trial in zip(*trials, strict=True)]
+    for entries, (_, gallery, _) in zip(trials[1], sets, strict=True):
+        _one_image_a_person(entries, codes[gallery])
+    rates = [
+        (_vr(x[test], codes[test], far_verification), _dir(x, codes, gallery, probe, far_identification))
+        for test, gallery, probe in sets
+    ]
+    return Blufr(np.array([vr for vr, _ in rates]), np.array([dir_ for _, dir_ in rates]))
+
+
+def _vr(x: NDArray[np.float64], codes: NDArray[np.intp], far: float) -> float:
+    impostors = impostor_pairs(codes)
+    check_fprs(impostors, [far])
+    top = Largest(to_keep(impostors, [far]))
+    genuine, _ = scan_pairs(x, codes, top, chunk=1024)
+    return operating_points(genuine, top.scores(), impostors, [far])[0].tpr
+
+
+def _dir(
+    x: NDArray[np.float64], codes: NDArray[np.intp], gallery: NDArray[np.intp], probe: NDArray[np.intp], far: float
+) -> float:
+    scores = (x[probe] @ x[gallery].T).astype(np.float32)
+    own = codes[probe][:, None] == codes[gallery]
+    known = own.any(axis=1)
+    mate = scores[own]  # one per known probe, in their order
+    others = np.where(own, -np.inf, scores).max(axis=1)
+    (point,) = tpr_at_fpr(mate, others[~known], [far])
+    return float(np.mean((mate > others[known]) & (mate >= np.float64(point.threshold))))  # see Operating
+
+
+# Names and lists
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(".jpg")
+
+
+def _person(name: str) -> str:
+    return name.rpartition("_")[0]
+
+
+def _rows(names: Sequence[str]) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for row, name in enumerate(names):
+        plain = _plain(str(name))
+        if not re.fullmatch(r".+_\d+", plain):
+            raise UserError(f"names: number {row}, {str(name)!r}, isn't like Aaron_Eckhart_0001")
+        if plain in rows:
+            raise UserError(f"names: {plain} comes twice, as numbers {rows[plain]} and {row}")
+        rows[plain] = row
+    return rows
+
+
+def _trials(path: Path) -> Iterator[list[Entry]]:
+    """The trials of one list: their number, then for each the number of images and a line "index, name" an image."""
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the folder of the BLUFR lists must hold it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as text: {error}") from None
+    at = 0
+
+    def count(of: str) -> int:
+        nonlocal at
+        line = lines[at].strip() if at < len(lines) else "the end of the file"
+        at += 1
+        if not line.isdecimal() or int(line) < 1:
+            raise UserError(f"{path}, line {at}: expected the number of {of}, found {line!r}")
+        return int(line)
+
+    trials = count("trials")
+    for trial in range(1, trials + 1):
+        images = count(f"images of trial {trial} (of {trials})")
+        first, end = at, at + images
+        if end > len(lines):
+            raise UserError(f"{path}, line {first}: {images} images announced, {len(lines) - first} lines follow")
+        yield [_entry(path, number, line) for number, line in enumerate(lines[first:end], first + 1)]
+        at = end
+    if at < len(lines):
+        raise UserError(f"{path}, line {at + 1}: {trials} trials announced, but more follows: {lines[at]!r}")
+
+
+def _entry(path: Path, number: int, line: str) -> Entry:
+    index, comma, name = (part.strip() for part in line.partition(","))
+    if not comma or not index.isdecimal():
+        raise UserError(f'{path}, line {number}: expected "index, image", found {line!r}')
+    return _plain(name), f"{path}, line {number}"
+
+
+def _look_up(entries: list[Entry], rows: dict[str, int]) -> NDArray[np.intp]:
+    seen: set[str] = set()
+    for name, where in entries:
+        if name not in rows:
+            raise UserError(f"{where}: the image {name} is not among the names")
+        if name in seen:
+            raise UserError(f"{where}: the image {name} comes twice in its trial")
+        seen.add(name)
+    return np.array([rows[name] for name, _ in entries], np.intp)
+
+
+def _one_image_a_person(entries: list[Entry], codes: NDArray[np.intp]) -> None:
+    seen: set[int] = set()
+    for (name, where), code in zip(entries, codes.tolist(), strict=True):
+        if code in seen:
+            raise UserError(f"{where}: a gallery has one image a person, but {_person(name)} has two")
+        seen.add(code)

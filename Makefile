@@ -3,6 +3,7 @@ PROFILE ?= quick
 NB ?=
 FORCE ?=
 JOBS ?=
+SAMPLE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +28,7 @@ export DVC_NO_ANALYTICS := 1
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PROFILE=quick (default)   NB=04 one notebook   FORCE=1 compute again   JOBS=2 side by side"
+	@echo "  PROFILE=quick (default) or faces   NB=04 one notebook   FORCE=1 compute again   JOBS=2 side by side   SAMPLE=6 only so many of the runs"
 
 env: $(if $(filter file,$(origin BIN)),$(VENV)/.ready) ## build .venv from requirements.lock (not with BIN=, an environment of your own)
 
@@ -40,7 +41,7 @@ $(VENV)/.ready: requirements.lock
 	@touch $@
 
 reproduce: env ## compute every stage of PROFILE not yet computed here, and compare with the committed values
-	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS))
+	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS)) $(if $(SAMPLE),--sample $(SAMPLE))
 
 status: env ## which committed results no longer belong to the files that are here
 	@$(MVREPRO) status --profile $(PROFILE)

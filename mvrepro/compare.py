@@ -33,6 +33,7 @@ class Comparison:
     derived: int = 0  # follow from runs that differ here: not compared on their own
     different: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
+    same_bits: bool = True  # of all runs: metrics, curve and evidence
     largest: str = ""  # the largest deviation within its tolerance
     _worst: float = 0.0
 
@@ -81,9 +82,10 @@ def compare(stages: Sequence[Stage]) -> Comparison:
                 tolerance = tolerances.get((profile, metric), 0.0)
                 where = f"{display(path)} {metric}"
                 result.add(where, old["metrics"].get(metric), new["metrics"].get(metric), tolerance)
-            runs_differ |= any(old[k] != new[k] for k in ("metrics", "curve"))
+            runs_differ |= any(old.get(k) != new.get(k) for k in ("metrics", "curve", "evidence"))
         else:
             runs_differ |= before != path.read_bytes()
+    result.same_bits = not (runs_differ or result.new)
     for path in (p for p in paths if "runs" not in p.parts):
         _compare_report(result, path, known[path], runs_differ)
     return result

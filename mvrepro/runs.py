@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, display, read_json
@@ -80,3 +82,33 @@ def by_seed(frame: pd.DataFrame, metric: str, loss: str, t: float | None = None)
     if chosen["seed"].duplicated().any():
         raise UserError(f"two runs of {loss} have the same t and seed: keep one of their files in results/runs")
     return chosen.set_index("seed")[metric].sort_index()
+
+
+def evidence(
+    profile: str, part: str, folder: Path = RESULTS, *, kind: str = ""
+) -> dict[tuple[str, float, int], dict[str, Any]]:
+    """(loss, t, seed) -> what the runs of this variant keep of one part of their test beside its metrics, such
+    as "lfw", "all_pairs", "blufr", "rank1" (mvrepro/tasks.py says what is in each); rows of numbers and bits
+    are arrays here. t is 0 where the loss has no emphasis."""
+    found = {}
+    for record in records(profile, folder):
+        config = record["config"]
+        if config.get("variant", "") == kind and part in record.get("evidence", {}):
+            t = config["t"] if LOSSES[config["loss"]].h else 0.0
+            found[config["loss"], t, config["seed"]] = _arrays(record["evidence"][part])
+    return found
+
+
+def numbers(words: str) -> NDArray[np.int64]:
+    """ "3 0 12" -> array([3, 0, 12])."""
+    return np.array(words.split(), dtype=np.int64)
+
+
+def _arrays(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _arrays(inner, key) for key, inner in value.items()}
+    if name == "correct":
+        return np.unpackbits(np.frombuffer(bytes.fromhex(value), np.uint8)).astype(bool)
+    if isinstance(value, str):
+        return numbers(value)
+    return np.array(value) if isinstance(value, list) else value

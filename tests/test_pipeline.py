@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mvrepro.commands.reproduce import sampled
+from mvrepro.errors import UserError
 from mvrepro.pipeline import Memory, Pipeline, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +134,26 @@ def test_memory_knows_a_stage_by_content_not_by_time(tmp_path, monkeypatch):
     result.write_text("1")
     source.write_text("2")
     assert not Memory().has(stage)
+
+
+def test_a_sample_has_all_reports_and_runs_from_all_over(pipeline):
+    stages = pipeline.select("faces")
+    runs = [s.name for s in stages if "@" in s.name]
+    few = sampled(stages, 6)
+    picked = [s.name for s in few if "@" in s.name]
+    assert len(picked) == 6 and picked[0] == runs[0]
+    assert len({name.split("@")[0] for name in picked}) >= 3
+    assert [s for s in few if "@" not in s.name] == [s for s in stages if "@" not in s.name]
+    assert sampled(stages, 10_000) == stages
+    with pytest.raises(UserError, match="--sample must be 1 or more, got 0"):
+        sampled(stages, 0)
+
+
+def test_a_profile_computes_nothing_of_another(pipeline):
+    """The claims rest on all profiles, but `make reproduce` on quick must not train for hours on faces."""
+    for profile, other in (("quick", "faces-"), ("faces", "quick-")):
+        names = [stage.name for stage in pipeline.select(profile)]
+        assert "claims" in names and not [name for name in names if name.startswith(other)]
 
 
 def test_environment_yml_and_lock_agree():

@@ -242,7 +242,7 @@ def test_where_nobody_overlaps_nobody_is_removed(small: World) -> None:
 @only_real
 @pytest.mark.parametrize(
     ("name", "people", "images", "removed"),
-    [("lfw", 1422 + 500 - 176, 14742, 176), ("cfp", 1422 + 798, 16027, 103)],
+    [("lfw", 1422 + 500 - 199, 14420, 199), ("cfp", 1422 + 901 - 119, 15146, 119)],
 )
 def test_real_sizes(world: World, name: str, people: int, images: int, removed: int) -> None:
     task = world.load(name)

@@ -2,8 +2,10 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 
-from mvrepro.compare import compare
+from mvrepro.compare import Comparison, compare
+from mvrepro.errors import UserError
 from mvrepro.files import display
 from mvrepro.pipeline import Pipeline, Stage, compute, only_one
 
@@ -16,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--notebook", metavar="NB", help="only what this notebook needs, such as 04")
     parser.add_argument("--force", action="store_true", help="compute again what was already computed here")
     parser.add_argument("--jobs", type=int, help="stages side by side (default: one a core, 4 at most)")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="train only N of the runs, spread over the profile; if they give the committed bits, the code still "
+        "gives the committed results, and the other runs are taken as they are",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,24 +32,43 @@ def run(arguments: argparse.Namespace) -> int:
     with only_one():
         pipeline = Pipeline()
         stages = pipeline.select(arguments.profile, arguments.notebook)
+        chosen = stages if arguments.sample is None else sampled(stages, arguments.sample)
         ran: list[Stage] = []
         try:
-            compute(stages, force=arguments.force, jobs=arguments.jobs, ran=ran)
+            compute(chosen, force=arguments.force, jobs=arguments.jobs, ran=ran)
         except BaseException:
             pipeline.accept(ran)  # hours of training that are done count as done
             raise
-        stale = pipeline.stale(stages)
-        pipeline.accept([stage for stage in stages if stage.name in stale])
-        result = compare(stages)
+        result = compare(chosen)
+        fresh = stages if result.same_bits else chosen
+        stale = pipeline.stale(fresh)
+        pipeline.accept([stage for stage in fresh if stage.name in stale])
+    _say(result)
+    took = time.perf_counter() - started
+    print(f"{arguments.profile}: computed {len(ran)} of {len(stages)} stages in {took:.0f} s; {result.summary()}")
+    if len(chosen) < len(stages):
+        others = len(stages) - len(chosen)
+        verdict = "the same bits" if result.same_bits else "not the same bits, so nothing follows for the others"
+        print(f"a sample of the runs, {others} were not computed: {verdict}")
+    executed = sorted(path for stage in stages for path in stage.writes if path.suffix == ".ipynb")
+    if executed:
+        print(f"read {display(executed[0].parent)}/ (start with {executed[0].name})")
+    return 1 if result.different else 0
+
+
+def sampled(stages: Sequence[Stage], count: int) -> list[Stage]:
+    """All reports, and `count` of the runs (the stages of a matrix), evenly spread in the order of dvc.yaml."""
+    runs = [stage.name for stage in stages if "@" in stage.name]
+    if count < 1:
+        raise UserError(f"--sample must be 1 or more, got {count}")
+    chosen = {runs[i * len(runs) // count] for i in range(count)} if count < len(runs) else set(runs)
+    return [stage for stage in stages if "@" not in stage.name or stage.name in chosen]
+
+
+def _say(result: Comparison) -> None:
     for line in result.different[:MOST_LINES]:
         print(f"  different: {line}")
     if len(result.different) > MOST_LINES:
         print(f"  … and {len(result.different) - MOST_LINES} more")
     if result.largest:
         print(f"  largest within tolerance: {result.largest}")
-    took = time.perf_counter() - started
-    print(f"{arguments.profile}: computed {len(ran)} of {len(stages)} stages in {took:.0f} s; {result.summary()}")
-    executed = sorted(path for stage in stages for path in stage.writes if path.suffix == ".ipynb")
-    if executed:
-        print(f"read {display(executed[0].parent)}/ (start with {executed[0].name})")
-    return 1 if result.different else 0

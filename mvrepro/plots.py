@@ -5,9 +5,13 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
 
 from mvrepro.losses import LOSSES
 from mvrepro.runs import by_seed
@@ -123,6 +127,27 @@ def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mappin
     ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
     ax.set_xlabel("epoch")
     return list(mean)
+
+
+def band(ax: Axes, x: ArrayLike, rows: ArrayLike, label: str, style: Mapping[str, Any]) -> list[float]:
+    """Rows (S, P), one a seed, over x (P,): the mean over seeds as a line, lowest to highest as a band. For ROC
+    and DET curves, distributions of scores and the like. Returns the means drawn."""
+    values = np.asarray(rows, dtype=np.float64)
+    ax.plot(x, values.mean(axis=0), **{"label": label, "markersize": 4, "linewidth": 1.2, **style})
+    ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+    return list(values.mean(axis=0))
+
+
+def deviate_axis(ax: Axes, side: str, ticks: Sequence[float]) -> None:
+    """Make side ("x" or "y") an axis of normal deviates, as DET curves have it, for rates in (0, 1): equal
+    distances are equal steps of Φ⁻¹(rate). ticks are rates; they are labelled in per cent, as "0.1"."""
+
+    def deviate(rate: ArrayLike) -> NDArray[np.float64]:
+        return np.asarray(norm.ppf(np.clip(rate, 1e-12, 1 - 1e-12)))
+
+    getattr(ax, f"set_{side}scale")("function", functions=(deviate, norm.cdf))
+    getattr(ax, f"set_{side}ticks")(ticks, [f"{100 * tick:g}" for tick in ticks])
+    getattr(ax, f"{side}axis").set_minor_locator(NullLocator())
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float = 2.6):  # type: ignore[no-untyped-def]

@@ -1,0 +1,47 @@
+"""The plots that the reports on faces share: curves with a band over seeds, and the axes of DET curves."""
+
+import matplotlib
+import numpy as np
+import pytest
+
+from mvrepro import plots
+
+matplotlib.use("Agg")
+
+
+def test_a_band_is_the_mean_from_the_lowest_to_the_highest_seed():
+    fig, axes = plots.new_figure()
+    rows = [[0.1, 0.5], [0.3, 0.4], [0.2, 0.9]]
+    means = plots.band(axes[0, 0], [1e-3, 1e-2], rows, "AM-Softmax", plots.look("AM-Softmax"))
+    assert means == pytest.approx([0.2, 0.6])
+    (line,), (area,) = axes[0, 0].lines, axes[0, 0].collections
+    assert list(line.get_ydata()) == means
+    assert line.get_label() == "AM-Softmax"
+    corners = {(float(x), float(y)) for x, y in area.get_paths()[0].vertices}
+    assert {(1e-3, 0.1), (1e-3, 0.3), (1e-2, 0.4), (1e-2, 0.9)} <= corners
+    plots.plt.close(fig)
+
+
+def test_one_seed_has_a_band_without_width():
+    fig, axes = plots.new_figure()
+    assert plots.band(axes[0, 0], [0, 1], [[1, 2]], "", {"color": "k", "linewidth": 3}) == [1, 2]
+    assert axes[0, 0].lines[0].get_linewidth() == 3
+    plots.plt.close(fig)
+
+
+def test_normal_deviates_are_symmetric_and_labelled_in_per_cent():
+    fig, axes = plots.new_figure()
+    ax, ticks = axes[0, 0], [0.001, 0.16, 0.5, 0.84, 0.999]
+    for side in "xy":
+        plots.deviate_axis(ax, side, ticks)
+    ax.set(xlim=(0.0005, 0.9995), ylim=(0.0005, 0.9995))
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.1", "16", "50", "84", "99.9"]
+    places = ax.transData.transform(np.column_stack([ticks, ticks]))
+    middle = places[2]
+    assert places[1] - middle == pytest.approx(middle - places[3])
+    assert places[0] - middle == pytest.approx(middle - places[4])
+    # Φ⁻¹(0.001) is 3.107 times as far from the middle as Φ⁻¹(0.16)
+    assert (places[0] - middle) / (places[1] - middle) == pytest.approx(3.0902 / 0.99446, rel=1e-3)
+    # rates of 0 and 1 are drawn at the edge instead of raising
+    assert np.isfinite(ax.transData.transform([[0.0, 1.0]])).all()
+    plots.plt.close(fig)

@@ -152,7 +152,7 @@ def _judge(
             verdict = REPRODUCED if estimate.mean > 0 and p < 0.05 else QUALITATIVELY
             verdict = verdict if estimate.mean > 0 else NOT_REPRODUCED
             found = (
-                f"{100 * estimate.mean:+.1f} points [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}], "
+                f"{100 * estimate.mean:+.2f} points [{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}], "
                 f"{estimate.n} seeds, adjusted p = {p:.2g}"
             )
             numbers = {"difference": estimate.mean, "low": estimate.low, "high": estimate.high}
@@ -171,7 +171,7 @@ def _judge(
         if profile in claim["profiles"] and len(estimates) == len(pairs):
             ps = holm([e.p for e in estimates])
             verdict = QUALITATIVELY if min(ps) >= 0.05 else NOT_REPRODUCED
-            gains = ", ".join(f"{100 * e.mean:+.1f}" for e in estimates)
+            gains = ", ".join(f"{100 * e.mean:+.2f}" for e in estimates)
             found = f"gains of {gains} points, least adjusted p = {min(ps):.2g}"
             numbers = {"least_adjusted_p": min(ps), "largest_gain": max(e.mean for e in estimates)}
     elif rule != "untested":

@@ -9,7 +9,7 @@ Rules:
               difference is above 0, but not significant. Not reproduced: it is not above 0.
     unclear   of none of the `pairs` (better, worse) is the gain significant, judged as in `greater` with the
               pairs as family: qualitatively (no gain seen is not proof of none), else not reproduced.
-    argmax    averaged over `losses` and seeds, the best t lies in `range`: qualitatively (no test
+    argmax    averaged over `losses` and the seeds that every t has, the best t lies in `range`: qualitatively (no test
               stands behind it), else not reproduced.
     untested  not tested, with the reason.
 A verdict holds for one profile.
@@ -184,10 +184,13 @@ def _judge(
 
 def best_t(frame: pd.DataFrame, metric: str, losses: list[str]) -> float | None:
     """The t whose mean over losses and seeds is highest, among those that every one of the losses has
-    (t = 0 is not one of them: it is another loss); None where there are fewer than two."""
+    (t = 0 is not one of them: it is another loss), over the seeds that all of these have; None where there
+    are fewer than two t, or no such seed."""
     if metric not in frame:
         return None
     chosen = frame[frame["loss"].isin(losses)]
     complete = chosen.groupby("t")["loss"].nunique() == len(losses)
-    means = chosen.groupby("t")[metric].mean()[complete]
+    chosen = chosen[chosen["t"].isin(complete.index[complete])]
+    whole = chosen.groupby("seed").size() == len(losses) * int(complete.sum())
+    means = chosen[chosen["seed"].isin(whole.index[whole])].groupby("t")[metric].mean()
     return float(means.idxmax()) if len(means) > 1 else None

@@ -398,6 +398,13 @@ def test_argmax(add, judge, means, best, verdict):
     assert found.found == f"best mean at t = {best:g}"
 
 
+def test_argmax_counts_the_seeds_that_every_t_has(add, judge):
+    for loss in BEST_T["losses"]:
+        add(loss, [0.5, 0.5, 0.99], 0.2)  # the third seed has no other t
+        add(loss, [0.6, 0.6], 0.3)
+    assert judge(BEST_T)["t"].numbers == {"best_t": 0.3}
+
+
 def test_argmax_needs_a_choice(add, judge):
     add("MV-AM-Softmax-f", [0.5], 0.2)
     add("MV-AM-Softmax-a", [0.5], 0.2)

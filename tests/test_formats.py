@@ -560,16 +560,26 @@ def test_every_format_turns_into_every_other(tmp_path: Path) -> None:
     folder = formats.open_images(make_folder(tmp_path / "people"))
     formats.write_rec(tmp_path / "rec" / "train.rec", folder)
     formats.write_tars(tmp_path / "tars", formats.open_images(tmp_path / "rec"), shard_size=4)
-    assert [p.name for p in sorted((tmp_path / "tars").iterdir())] == ["000000.tar", "000001.tar"]
+    assert [p.name for p in sorted((tmp_path / "tars").glob("*.tar"))] == ["000000.tar", "000001.tar"]
     formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))
     again = formats.open_images(tmp_path / "again")
-    assert (items(again), again.classes) == (PAIRS, ["0000000", "0000001", "0000002"])
+    assert (items(again), again.classes) == (PAIRS, folder.classes)
     formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))  # does no harm
     next((tmp_path / "again").rglob("0000001.jpg")).write_bytes(b"another")
     with pytest.raises(UserError, match=r"0000001\.jpg is there already and another image"):
         formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))
-    formats.write_folder(tmp_path / "named", folder)
-    assert formats.open_images(tmp_path / "named").classes == folder.classes
+    for path in (tmp_path / "rec" / "classes.txt", tmp_path / "tars" / "classes.txt"):
+        path.unlink()
+    formats.write_folder(tmp_path / "numbers", formats.open_images(tmp_path / "tars"))
+    assert formats.open_images(tmp_path / "numbers").classes == ["0000000", "0000001", "0000002"]
+
+
+def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
+    source = formats.Without(formats.open_images(make_folder(tmp_path / "people")), np.array([1]))
+    assert items(source) == [PAIRS[i] for i in (0, 1, 2, 4, 5)]
+    assert source.where(3).endswith("Ångström/0.JPG")
+    assert formats.Renumbered(source).classes == ["b c", "Ångström"]
+    assert items(formats.Renumbered(source))[3] == (IMAGES[4], 1)
 
 
 # Class ids and decoding

@@ -9,7 +9,7 @@ Nothing of a set is held in memory but what finds an image; that is kept in the 
 so that the second time a set of millions opens at once.
 """
 
-from mvrepro.formats.common import Decoded, Renumbered, Source, check_ids, decode
+from mvrepro.formats.common import Decoded, Renumbered, Source, Without, check_ids, decode
 from mvrepro.formats.folders import Folder, write_folder
 from mvrepro.formats.opening import open_images
 from mvrepro.formats.pairs import Pairs, read_bin, write_bin
@@ -24,6 +24,7 @@ __all__ = [
     "Renumbered",
     "Source",
     "Tars",
+    "Without",
     "check_ids",
     "decode",
     "open_images",

@@ -64,6 +64,26 @@ class Renumbered(Source):
         return self.source.where(i)
 
 
+class Without(Source):
+    """A source without some of its classes: "-R" done for real. The ids of the others stay as they are."""
+
+    def __init__(self, source: Source, removed: NDArray[np.int64]) -> None:
+        self.source, self.classes = source, source.classes
+        self.rows = np.flatnonzero(~np.isin(source.labels(), removed))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        return self.source[int(self.rows[i])]
+
+    def labels(self) -> NDArray[np.int64]:
+        return np.asarray(self.source.labels()[self.rows])
+
+    def where(self, i: int) -> str:
+        return self.source.where(int(self.rows[i]))
+
+
 class Decoded:
     """[i] -> ((3, size, size) uint8 RGB, class id). An image that does not decode is skipped: the next one
     that does stands in for it, and `bad` holds its number.
@@ -130,6 +150,17 @@ def check_ids(labels: NDArray[np.int64], what: str) -> None:
         f"{what}: {classes - len(present)} of the class ids 0 … {classes - 1} have no image: {names}{more}; "
         "ask for the ids to be renumbered (--renumber) or mend the set"
     )
+
+
+def read_classes(folder: Path) -> list[str] | None:
+    """Names by class id out of classes.txt, one a line; None where there is none."""
+    path = folder / "classes.txt"
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.is_file() else None
+
+
+def write_classes(folder: Path, source: Source) -> None:
+    if source.classes:
+        write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
 
 
 class Reader:

@@ -19,7 +19,7 @@ A file without such a record 0 is all images (MXNet's im2rec).
 
 import struct
 import warnings
-from collections.abc import Iterator
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
-from mvrepro.formats.common import Reader, Source, atomic_file, kept_array
+from mvrepro.formats.common import Reader, Source, atomic_file, kept_array, read_classes, write_classes
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 FRAME, HEADER = struct.Struct("<4sI"), struct.Struct("<IfQQ")
@@ -51,6 +51,7 @@ class Records(Source):
             self._places = f"the records found in {path}"
         if not len(self.offsets):
             raise UserError(f"{path}: no records there")
+        self.classes = read_classes(path.parent)
         self.header = self._header()
         self._first = 0 if self.header is None else 1
         self._count = len(self.offsets) if self.header is None else self.header[0] - 1
@@ -141,6 +142,7 @@ class Records(Source):
 def write_rec(path: Path, source: Source) -> None:
     """Write `source` as InsightFace does: path (.rec), its .idx, images sorted by class id, header record 0.
 
+    The names of classes, where `source` has them, go to classes.txt beside it, which is ours and not InsightFace's.
     Raises UserError where one of the files is there already, and beyond 2^24 images and people, which the
     header's float32 can't count.
     """
@@ -165,6 +167,7 @@ def write_rec(path: Path, source: Source) -> None:
             lines.append(f"{key}\t{file.tell()}\n")
             file.write(frames(HEADER.pack(2, 0, key, 0) + struct.pack("<2f", *span)))
     write_atomic(index, "".join(lines))
+    write_classes(path.parent, source)
 
 
 def frames(content: bytes) -> bytes:
@@ -185,12 +188,11 @@ def frames(content: bytes) -> bytes:
     )
 
 
-def _frame(file: Reader, offset: int) -> tuple[int, int]:
-    """Flag and length of the frame there. Raises ValueError where none is or it goes beyond the file's end."""
-    head = file.read(offset, FRAME.size) if 0 <= offset < file.size else b""
+def _frame(file: Reader, offset: int, head: bytes) -> tuple[int, int]:
+    """Flag and length of the frame that begins with head. Raises ValueError where none does or the file ends in it."""
     if len(head) < FRAME.size:
         raise ValueError("the file ends before a record")
-    magic, lrecord = FRAME.unpack(head)
+    magic, lrecord = FRAME.unpack_from(head)
     if magic != MAGIC:
         raise ValueError("no record begins")
     flag, length = lrecord >> 29, lrecord & LONGEST
@@ -202,7 +204,7 @@ def _frame(file: Reader, offset: int) -> tuple[int, int]:
 def _content(file: Reader, offset: int) -> bytes:
     parts, expected = [], (0, 1)
     while True:
-        flag, length = _frame(file, offset)
+        flag, length = _frame(file, offset, file.read(offset, FRAME.size))
         if flag not in expected:
             raise ValueError(f"a part of a record with the flag {flag}, expected {' or '.join(map(str, expected))},")
         parts.append(file.read(offset + FRAME.size, length))
@@ -256,32 +258,30 @@ def _bad_line(path: Path) -> str:
 
 
 def _scan(file: Reader) -> NDArray[np.int64]:
-    """(M,) offsets of the records by key, from a pass over the file."""
-    found = list(_walk(file))
-    offsets, ids = (np.array(column, np.int64) for column in (zip(*found, strict=True) if found else ((), ())))
-    order = np.argsort(ids, kind="stable")
-    return offsets[order] if np.array_equal(ids[order], np.arange(len(ids))) else offsets
-
-
-def _walk(file: Reader) -> Iterator[tuple[int, int]]:
-    """Offset and id of each record."""
+    """(M,) offsets of the records by key, from a pass over the file that reads 32 bytes a record."""
+    places, numbers = array("q"), array("q")
     offset, inside = 0, False
-    with tqdm(total=file.size, desc=f"finding records in {file.path.name}", unit="B", unit_scale=True,
-              leave=False, disable=None) as bar:  # fmt: skip
-        while offset < file.size:
-            try:
-                flag, length = _frame(file, offset)
-                if inside != (flag in (2, 3)) or flag > 3:
-                    raise ValueError(f"a part of a record with the unexpected flag {flag}")
-                if not inside:
-                    head = file.read(offset + FRAME.size, HEADER.size) if length >= HEADER.size else b""
-                    number = HEADER.unpack(head)[2] if head else -1
-                    yield offset, number if number < LARGEST else -1
-            except ValueError as error:
-                raise UserError(f"{file.path}: {error} at byte {offset} of {file.size}: damaged or cut off") from None
-            inside = flag in (1, 2)
-            step = FRAME.size + length + -length % 4
-            offset += step
-            bar.update(step)
+    bar = tqdm(total=file.size, desc=f"finding records in {file.path.name}", unit="B", unit_scale=True,
+               leave=False, disable=None)  # fmt: skip
+    while offset < file.size:
+        head = file.read(offset, FRAME.size + HEADER.size)
+        try:
+            flag, length = _frame(file, offset, head)
+            if flag > 3 or inside != (flag in (2, 3)):
+                raise ValueError(f"a part of a record with the unexpected flag {flag}")
+        except ValueError as error:
+            raise UserError(f"{file.path}: {error} at byte {offset} of {file.size}: damaged or cut off") from None
+        if not inside:
+            number = HEADER.unpack_from(head, FRAME.size)[2] if length >= HEADER.size else LARGEST
+            places.append(offset)
+            numbers.append(min(number, LARGEST))
+        inside = flag in (1, 2)
+        offset += FRAME.size + length + -length % 4
+        if len(places) % 10_000 == 0:
+            bar.update(offset - bar.n)
+    bar.close()
     if inside:
         raise UserError(f"{file.path}: the file ends within a record in parts: damaged or cut off")
+    offsets, ids = np.array(places, np.int64), np.array(numbers, np.int64)
+    order = np.argsort(ids, kind="stable")
+    return offsets[order] if np.array_equal(ids[order], np.arange(len(ids))) else offsets

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError
-from mvrepro.formats.common import SUFFIXES, Reader, Source, atomic_file, kept_array
+from mvrepro.formats.common import SUFFIXES, Reader, Source, atomic_file, kept_array, read_classes, write_classes
 from mvrepro.formats.folders import suffix
 
 
@@ -24,6 +24,7 @@ class Tars(Source):
         self.files = [Reader(path) for path in paths]
         # (N, 4) int64: shard, offset, bytes, class id. The first time takes a pass over the shards' headers.
         self._index = kept_array("index", paths, lambda: np.concatenate([_scan(*p) for p in enumerate(self.files)]))
+        self.classes = read_classes(paths[0].parent)
         if not len(self._index):
             raise UserError(f"{paths[0]}: no images there")
 
@@ -85,7 +86,8 @@ def _class_id(content: bytes, where: str) -> int:
 
 
 def write_tars(root: Path, source: Source, shard_size: int = 10_000) -> None:
-    """root/000000.tar, 000001.tar, … of shard_size images each, in the order of `source`."""
+    """root/000000.tar, 000001.tar, … of shard_size images each, in the order of `source`; the names of
+    classes, where it has them, go to root/classes.txt."""
     for shard, first in enumerate(range(0, len(source), shard_size)):
         with atomic_file(root / f"{shard:06d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
             these = range(first, min(first + shard_size, len(source)))
@@ -95,3 +97,4 @@ def write_tars(root: Path, source: Source, shard_size: int = 10_000) -> None:
                     member = tarfile.TarInfo(f"{i:09d}{kind}")  # its time is 0: the same images are the same bytes
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
+    write_classes(root, source)

@@ -42,7 +42,7 @@ def load_backbone(path: Path) -> nn.Module:
 def save_onnx(path: Path, model: nn.Module, side: int = backbones_large.SIDE) -> None:
     """The network in evaluation mode as one ONNX file: "images" (B, 3, side, side) float32 -> "embeddings" (B, D).
 
-    B may be any number.     Raises UserError where the extra is not installed; beyond 2 GiB ONNX can't hold a model in one file.
+    B may be any number. Raises UserError where the extra is not installed. One ONNX file holds 2 GiB at most.
     """
     try:
         import onnx  # noqa: F401

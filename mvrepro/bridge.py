@@ -39,6 +39,8 @@ def load_head(head: MarginHead, layout: str, paths: Path | Sequence[Path]) -> No
     number in their names. Raises UserError that names the file and what does not fit; head is as it was then."""
     files = [paths] if isinstance(paths, Path) else list(paths)
     _known(layout)
+    if not files:
+        raise UserError(f"no files of {layout} were given")
     expected = (head.num_classes, head.embedding_dim)
     if layout == "facex-zoo":
         if len(files) != 1:

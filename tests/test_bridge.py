@@ -104,6 +104,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
     torch.save({"state_dict_softmax_fc": {"weight": theirs[5:]}}, b)
     fails(r"checkpoint_gpu_1\.pt: its weight is \(6, 4\), expected \(5, 4\)", "arcface_torch", a, b)
     fails(r"the files of 2 ranks must be those of 0 … 1, got \[1, 1\]", "arcface_torch", b, b)
+    fails("no files of arcface_torch were given", "arcface_torch")
     fails("facex-zoo keeps a head in one file, got 2", "facex-zoo", a, b)
     torch.save({"state_dict": {"head.weight": theirs}}, a)
     fails(r"its weight is \(11, 4\), expected \(4, 11\) as facex-zoo lays it", "facex-zoo", a)

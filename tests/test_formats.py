@@ -301,6 +301,39 @@ def test_people_that_count_wrong_are_named(tmp_path: Path) -> None:
         formats.open_images(by_hand(tmp_path / "b", records))
 
 
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), -1.0, 6.5, 1e30])
+def test_keys_that_are_no_numbers_are_named(tmp_path: Path, label: float) -> None:
+    records = insightface()
+    records[-1] = (9, record(struct.pack("<IfQQff", 2, 0, 9, 0, label, 7)))
+    with pytest.raises(UserError, match=r"record 9: .* are not the keys of a person's images"):
+        formats.open_images(by_hand(tmp_path / "a", records))
+    records[6] = (0, record(struct.pack("<IfQQff", 2, 0, 0, 0, 7, label)))
+    with pytest.raises(UserError, match="its header announces"):
+        formats.open_images(by_hand(tmp_path / "b", records))
+
+
+def test_a_record_damaged_in_the_middle_has_no_class_id(tmp_path: Path) -> None:
+    records = [(k, record(struct.pack("<IfQQ", 0, 0, k, 0) + IMAGES[k])) for k in range(3)]
+    path = by_hand(tmp_path / "set", records)
+    content = bytearray(path.read_bytes())
+    content[len(records[0][1])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="record 1: no record begins"):
+        formats.open_images(path)
+
+
+def test_names_of_classes_must_fit(tmp_path: Path) -> None:
+    formats.write_rec(tmp_path / "train.rec", Memory(PAIRS))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2"):
+        formats.open_images(tmp_path)
+    for name in ("../out", "", ".", ".."):
+        (tmp_path / "classes.txt").write_text(f"a\nb\n{name}\n")
+        with pytest.raises(UserError, match="can't be the name of a folder"):
+            formats.write_folder(tmp_path / "x" / "y", formats.open_images(tmp_path))
+    assert not (tmp_path / "x" / "out").exists()
+
+
 def test_a_changed_file_is_not_read_with_the_old_index(tmp_path: Path, cache: Path) -> None:
     path = by_hand(tmp_path / "set", insightface(), index=False)
     assert items(formats.open_images(path)) == PAIRS

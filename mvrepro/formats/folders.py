@@ -81,6 +81,8 @@ def write_folder(root: Path, source: Source) -> None:
     for i in tqdm(range(len(source)), f"writing {root.name}", leave=False, disable=None):
         content, label = source[i]
         name = source.classes[label] if source.classes else f"{label:0{width}d}"
+        if not name or "/" in name or name[0] == ".":  # names come out of other people's files
+            raise UserError(f"class {label} is called {name!r}, which can't be the name of a folder")
         path = root / name / f"{i + 1:07d}{suffix(content)}"
         if not path.exists():
             write_atomic(path, content)

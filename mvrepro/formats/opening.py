@@ -19,6 +19,10 @@ def open_images(path: Path | str, *, renumber: bool = False, allow_holes: bool =
     Raises UserError where nothing of that is there.
     """
     source = _open(Path(path))
+    if source.classes is not None and len(source.classes) <= source.labels().max():
+        raise UserError(
+            f"{path}: classes.txt has {len(source.classes)} names, the class ids go to {source.labels().max()}"
+        )
     if renumber:
         return Renumbered(source)
     if not allow_holes:

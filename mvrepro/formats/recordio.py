@@ -86,8 +86,8 @@ class Records(Source):
         labels, content = self._record(0)
         if content or len(labels) < 2:
             return None
-        first, end = (int(x) for x in labels[:2])
-        if not (1 <= first <= end <= len(self.offsets)) or [first, end] != labels[:2]:
+        first, end = _span(labels)
+        if not 1 <= first <= end <= len(self.offsets):
             raise UserError(
                 f"{self.file.path}: its header announces {first - 1} images and {end - first} people, but "
                 f"{self._places} has {len(self.offsets)} records: the index or the file is not whole"
@@ -118,7 +118,7 @@ class Records(Source):
         ids = np.full(self._count, -1, np.int64)
         for key in tqdm(range(first, end), "class ids", leave=False, disable=None):
             labels, _ = self._record(key)
-            start, stop = (int(x) for x in labels[:2]) if len(labels) >= 2 else (0, 0)
+            start, stop = _span(labels)
             if not 1 <= start < stop <= first:
                 raise UserError(f"{self.file.path}, record {key}: {labels} are not the keys of a person's images")
             ids[start - 1 : stop - 1] = self._class_id(start, self._record(start)[0])
@@ -132,10 +132,12 @@ class Records(Source):
         for i in tqdm(range(self._count), "class ids", leave=False, disable=None):
             key, offset = self._first + i, int(self.offsets[self._first + i])
             head = self.file.read(offset, FRAME.size + HEADER.size + 4)
-            flag, label, *_ = HEADER.unpack_from(head.ljust(36, b"\0"), FRAME.size)
-            whole = head[4:8] and head[7] >> 5 == 0  # a record in parts may hold its label anywhere
-            labels = [label] if not flag else struct.unpack_from("<f", head.ljust(36, b"\0"), 32)
-            ids[i] = self._class_id(key, list(labels) if whole else self._record(key)[0])
+            if len(head) == 36 and head[:4] == MAGIC and head[7] >> 5 == 0:
+                flag, label, *_ = HEADER.unpack_from(head, FRAME.size)
+                labels = list(struct.unpack_from("<f", head, 32)) if flag else [label]
+            else:  # in parts, at the end of the file, or damaged
+                labels, _ = self._record(key)
+            ids[i] = self._class_id(key, labels)
         return ids
 
 
@@ -221,6 +223,12 @@ def _unpack(content: bytes) -> tuple[list[float], bytes]:
     if image > len(content):
         raise ValueError(f"a record of {len(content)} bytes, too short for its {flag} labels,")
     return ([label] if not flag else list(struct.unpack_from(f"<{flag}f", content, HEADER.size))), content[image:]
+
+
+def _span(labels: list[float]) -> tuple[int, int]:
+    """The two keys that the records without an image hold; (0, 0) for what is none."""
+    whole = len(labels) >= 2 and all(0 <= x <= LARGEST and x == int(x) for x in labels[:2])
+    return (int(labels[0]), int(labels[1])) if whole else (0, 0)
 
 
 def _read_index(path: Path, file: Reader) -> NDArray[np.int64]:

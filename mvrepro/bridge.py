@@ -1,4 +1,4 @@
-"""Other people's heads and embeddings.
+"""Other people's heads, backbones and embeddings.
 
 How class weights lie in the files of others (K classes, D dimensions; every head normalises them when used):
 
@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from mvrepro.backbones import IResNet
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
 from mvrepro.losses import MarginHead
@@ -86,6 +87,43 @@ def save_head(head: MarginHead, layout: str, out: Path, ranks: int = 1) -> list[
     for path, part in zip(paths, weight.split(shares(head.num_classes, ranks)), strict=True):
         _save(path, {"state_dict_softmax_fc": {"weight": part.clone()}})
     return paths
+
+
+def load_iresnet(model: IResNet, path: Path) -> None:
+    """Fill an IResNet (backbones_large.build("iresnet-50") and the like) with a backbone of arcface_torch: model.pt, or
+    the "state_dict_backbone" of a checkpoint. Raises UserError that names what doesn't fit; model is unchanged then."""
+    value = _load(path)
+    if isinstance(value, Mapping) and "state_dict_backbone" in value:
+        value = value["state_dict_backbone"]
+    if not (isinstance(value, Mapping) and all(isinstance(x, Tensor) for x in value.values())):
+        raise UserError(f"{path}: expected the weights of a backbone by name, got {type(value).__name__}")
+    theirs = {_arcface_name(name, model): name for name in model.state_dict()}
+    wrong = sorted(theirs.keys() ^ value.keys())
+    if wrong:
+        where = "the file" if wrong[0] in value else "the model"
+        raise UserError(f"{path} is no such IResNet: {wrong[0]} is only in {where} ({len(wrong)} such names)")
+    for name, ours in theirs.items():
+        if value[name].shape != model.state_dict()[ours].shape:
+            raise UserError(
+                f"{path}: {name} is {tuple(value[name].shape)}, expected {tuple(model.state_dict()[ours].shape)}"
+            )
+    model.load_state_dict({theirs[name]: tensor for name, tensor in value.items()})
+
+
+def _arcface_name(name: str, model: IResNet) -> str:
+    """What arcface_torch (backbones/iresnet.py) calls a weight or buffer of our IResNet."""
+    part, number, *rest = name.split(".")
+    outer = {"body": ("conv1", "bn1", "prelu"), "neck": ("bn2", "", "fc", "features")}[part]
+    if int(number) < len(outer):
+        return ".".join([outer[int(number)], *rest])
+    blocks = list(model.body)[len(outer) :]
+    at = int(number) - len(outer)
+    firsts = [i for i, block in enumerate(blocks) if not isinstance(block.shortcut, nn.Identity)]  # of each stage
+    stage = sum(first <= at for first in firsts)
+    inner = "downsample"
+    if rest[0] == "residual":
+        inner, rest = ("bn1", "conv1", "bn2", "prelu", "conv2", "bn3")[int(rest[1])], rest[1:]
+    return ".".join([f"layer{stage}", str(at - firsts[stage - 1]), inner, *rest[1:]])
 
 
 def shares(classes: int, ranks: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mvrepro import bridge, formats, protocols
 from mvrepro.__main__ import main
+from mvrepro.backbones import IResNet
 from mvrepro.commands.judge import PROTOCOLS
 from mvrepro.errors import UserError
 from mvrepro.losses import MarginHead
@@ -122,6 +123,87 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
     fails("unknown layout 'caffe'; known are: arcface_torch, facex-zoo", "caffe", a)
     with pytest.raises(UserError, match="ranks must be in 1 … 11, got 12"):
         bridge.save_head(head, "arcface_torch", tmp_path / "out", 12)
+
+
+def arcface_torch(depths: tuple[int, ...], widths: tuple[int, ...], side: int, dim: int) -> dict[str, Tensor]:
+    """Random weights under the names and in the shapes of arcface_torch's IResNet."""
+    state: dict[str, Tensor] = {}
+
+    def norm(name: str, width: int) -> None:
+        state[f"{name}.weight"], state[f"{name}.bias"] = torch.rand(width) + 0.5, torch.randn(width)
+        state[f"{name}.running_mean"], state[f"{name}.running_var"] = torch.randn(width), torch.rand(width) + 0.5
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    def conv(name: str, into: int, out: int, kernel: int) -> None:
+        state[f"{name}.weight"] = torch.randn(out, into, kernel, kernel) / (into**0.5 * kernel)
+
+    conv("conv1", 3, widths[0], 3)
+    norm("bn1", widths[0])
+    state["prelu.weight"] = torch.rand(widths[0])
+    width = widths[0]
+    for stage, (depth, out) in enumerate(zip(depths, widths, strict=True), 1):
+        for block in range(depth):
+            name = f"layer{stage}.{block}"
+            norm(f"{name}.bn1", width)
+            conv(f"{name}.conv1", width, out, 3)
+            norm(f"{name}.bn2", out)
+            state[f"{name}.prelu.weight"] = torch.rand(out)
+            conv(f"{name}.conv2", out, out, 3)
+            norm(f"{name}.bn3", out)
+            if block == 0:
+                conv(f"{name}.downsample.0", width, out, 1)
+                norm(f"{name}.downsample.1", out)
+            width = out
+    norm("bn2", width)
+    state["fc.weight"], state["fc.bias"] = torch.randn(dim, width * side * side) / 10, torch.randn(dim)
+    norm("features", dim)
+    return state
+
+
+def forward(state: dict[str, Tensor], depths: tuple[int, ...], x: Tensor) -> Tensor:
+    """What arcface_torch's IResNet computes from those, in evaluation mode."""
+
+    def norm(name: str, y: Tensor) -> Tensor:
+        mean, var, weight, bias = (state[f"{name}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(y, mean, var, weight, bias)
+
+    x = F.prelu(norm("bn1", F.conv2d(x, state["conv1.weight"], padding=1)), state["prelu.weight"])
+    for stage, depth in enumerate(depths, 1):
+        for block in range(depth):
+            name, stride = f"layer{stage}.{block}", 2 if block == 0 else 1
+            y = F.conv2d(norm(f"{name}.bn1", x), state[f"{name}.conv1.weight"], padding=1)
+            y = F.prelu(norm(f"{name}.bn2", y), state[f"{name}.prelu.weight"])
+            y = norm(f"{name}.bn3", F.conv2d(y, state[f"{name}.conv2.weight"], stride=stride, padding=1))
+            if block == 0:
+                x = norm(f"{name}.downsample.1", F.conv2d(x, state[f"{name}.downsample.0.weight"], stride=2))
+            x = x + y
+    return norm("features", F.linear(norm("bn2", x).flatten(1), state["fc.weight"], state["fc.bias"]))
+
+
+def test_a_backbone_of_arcface_torch_computes_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    depths, widths = (2, 1, 3, 1), (4, 4, 8, 8)
+    state = arcface_torch(depths, widths, 2, 6)
+    torch.save(state, tmp_path / "model.pt")
+    torch.save({"epoch": 1, "state_dict_backbone": state}, tmp_path / "checkpoint_gpu_0.pt")
+    x = torch.randn(2, 3, 32, 32)
+    for name in ("model.pt", "checkpoint_gpu_0.pt"):
+        model = IResNet(depths, widths, in_channels=3, image_size=32, embedding_dim=6)
+        bridge.load_iresnet(model, tmp_path / name)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), forward(state, depths, x), rtol=1e-4, atol=1e-4)
+    before = [p.clone() for p in model.parameters()]
+    for other, message in (
+        (state | {"layer5.0.bn1.weight": torch.ones(1)}, "layer5.0.bn1.weight is only in the file"),
+        ({k: v for k, v in state.items() if k != "fc.bias"}, "fc.bias is only in the model"),
+        (state | {"fc.bias": torch.ones(7)}, r"fc.bias is \(7,\), expected \(6,\)"),
+        (state | {"fc.bias": 3}, "expected the weights of a backbone by name, got dict"),
+        ([state], "expected the weights of a backbone by name, got list"),
+    ):
+        torch.save(other, tmp_path / "other.pt")
+        with pytest.raises(UserError, match=message):
+            bridge.load_iresnet(model, tmp_path / "other.pt")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_embeddings_are_mapped_and_checked(tmp_path: Path) -> None:

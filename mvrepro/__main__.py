@@ -14,6 +14,8 @@ COMMANDS = {
     "validate": "re-execute the committed notebooks strictly and check all that is generated",
     "notebook": "execute one report notebook with papermill",
     "describe": "count what the faces profile trains on and tests with",
+    "data": "fetch, align, inspect, compare and convert sets of faces",
+    "judge": "judge anybody's embeddings (.npy) by any protocol",
     "claims": "judge the claims: results/claims.json and the table in README.md",
 }
 

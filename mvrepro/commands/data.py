@@ -1,0 +1,192 @@
+"""`python -m mvrepro data`: fetch, prepare, inspect, overlap and convert sets of faces."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mvrepro.errors import UserError
+from mvrepro.files import write_atomic
+
+BAR = 40  # characters of the histogram's longest bar
+FETCH = """example:
+  python -m mvrepro data fetch lfw faces/
+  python -m mvrepro data prepare faces/raw/lfw faces/lfw"""
+PREPARE = """needs pip install "mvrepro[align]"; about 20 photos a second on a free core.
+A call that was stopped goes on where it was."""
+RULE = """The rule: names are the same when they are so with blanks for underscores, one blank for several,
+without case, and by the spellings in mvrepro.faces.SPELLINGS. Nothing else: no initials, accents or order."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, text: str, epilog: str, does: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(does=does)
+        return sub
+
+    sub = add("fetch", "fetch LFW from its public mirror (180 MB, sha256 checked)", FETCH, _fetch)
+    sub.add_argument("set", choices=["lfw"], help="which set")
+    sub.add_argument("out", type=Path, help="folder, as MVREPRO_DATA names it")
+
+    sub = add("prepare", "find the face in each photo and write it aligned to 112×112", PREPARE, _prepare)
+    sub.add_argument("raw", type=Path, help="folder of photos, in any depth")
+    sub.add_argument("out", type=Path, help="gets images/… as the photos lie, and landmarks.tsv")
+    text = "the face of several: nearest the centre (LFW, CFP; default) or the largest (CelebA)"
+    sub.add_argument("--pick", choices=["centre", "largest"], default="centre", help=text)
+
+    sub = add("inspect", "count images and people of a training set", "", _inspect)
+    _set_argument(sub)
+    sub.add_argument("--decode", action="store_true", help="decode every image, too, and name those that fail")
+
+    sub = add("overlap", "whom two lists of names share: the paper's “-R” step", RULE, _overlap)
+    sub.add_argument("names", type=Path, help="a list with a name a line, or a folder with a folder a person")
+    sub.add_argument("others", type=Path, help="the same for the people to remove, such as those of a test set")
+    sub.add_argument("--out", type=Path, help="write the shared names there, as they stand in the first list")
+
+    sub = add("convert", "write a training set in another format", "", _convert)
+    _set_argument(sub)
+    sub.add_argument("out", type=Path, help="new folder; a .rec is called train.rec there")
+    sub.add_argument("--to", choices=["rec", "tar", "folder"], required=True, help="the format")
+    sub.add_argument("--renumber", action="store_true", help="give class ids with holes new numbers 0 … K−1")
+    text = "leave out the people that this list names, as overlap writes it, and renumber"
+    sub.add_argument("--without", type=Path, metavar="LIST", help=text)
+
+
+def _set_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("set", type=Path, help="a .rec, .tar, folder of .tar, or folder with a folder a person")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return int(arguments.does(arguments))
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from mvrepro.fetch import fetch_lfw
+
+    photos = fetch_lfw(arguments.out)
+    print(f"LFW's lists are in {arguments.out / 'lfw'}, its photos in {photos}; to align them:")
+    print(f"python -m mvrepro data prepare {photos} {arguments.out / 'lfw'}")
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from mvrepro.align import prepare
+
+    counts = prepare(arguments.raw, arguments.out, pick=arguments.pick)
+    print(
+        f"{counts['aligned']:,} aligned, {counts['centre']:,} without a face (their centre was taken), "
+        f"{counts['several faces']:,} with several faces, {counts['known']:,} were there; "
+        f"see {arguments.out / 'landmarks.tsv'}"
+    )
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    import numpy as np
+    from tqdm import tqdm
+
+    from mvrepro import formats
+
+    source = formats.open_images(arguments.set, allow_holes=True)
+    labels = source.labels()
+    counts = np.bincount(labels)
+    present = counts[counts > 0]
+    print(f"{arguments.set}: {type(source).__name__}, {len(source):,} images of {len(present):,} people")
+    low, middle, high = (int(f(present)) for f in (np.min, np.median, np.max))
+    print(f"images a person: {low:,} at least, {middle:,} in the median, {high:,} at most")
+    print(histogram(present))
+    try:
+        formats.check_ids(labels, "class ids")
+        print(f"class ids: 0 … {len(counts) - 1}, none without an image")
+    except UserError as error:
+        print(error)
+    if not arguments.decode:
+        return 0
+    bad, sizes = [], set()
+    for i in tqdm(range(len(source)), "decoding", leave=False, disable=None):
+        try:
+            sizes.add(formats.decode(source[i][0]).shape[1:])
+        except ValueError as error:
+            bad.append(f"{source.where(i)}: {error}")
+    print("sizes: " + ", ".join(f"{width}×{height}" for height, width in sorted(sizes)))
+    print("\n".join([f"{len(bad):,} images don't decode", *bad[:20]]) if bad else "every image decodes")
+    return 1 if bad else 0
+
+
+def histogram(counts: Any) -> str:
+    """Of the images a person (K,), one line for 1, 2, 3–4, 5–8, 9–16, … images, as text."""
+    import numpy as np
+
+    bins = np.ceil(np.log2(counts)).astype(int)
+    people = np.bincount(bins)
+    lines = []
+    for power, number in enumerate(people.tolist()):
+        low, high = 2**power // 2 + 1, 2**power
+        bar = "█" * round(BAR * number / people.max()) or ("▏" if number else "")
+        lines.append(f"{high if high <= 2 else f'{low}–{high}':>13} images {number:>9,} people  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+def _overlap(arguments: argparse.Namespace) -> int:
+    from mvrepro.faces import overlapping
+
+    names, others = (names_of(path) for path in (arguments.names, arguments.others))
+    shared = overlapping(names, others)
+    print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
+          f"in {arguments.others}; {len(names) - len(shared):,} remain")  # fmt: skip
+    listed = [name for name in names if name in shared]
+    if arguments.out:
+        write_atomic(arguments.out, "".join(f"{name}\n" for name in listed))
+        print(f"wrote {arguments.out}")
+    else:
+        print("\n".join(listed))
+    return 0
+
+
+def names_of(path: Path) -> list[str]:
+    """The names of a list, each once, or of the folders in a folder."""
+    from mvrepro.faces import read_names
+
+    if not path.is_dir():
+        return read_names(path)
+    names = sorted(child.name for child in path.iterdir() if child.is_dir())
+    if not names:
+        raise UserError(f"{path}: expected a folder for each person, found none")
+    return names
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from mvrepro import formats
+
+    removed: list[str] = []
+    source = formats.open_images(
+        arguments.set, renumber=arguments.renumber, allow_holes=arguments.without is not None or arguments.to != "rec"
+    )
+    if arguments.without:
+        from mvrepro.faces import overlapping
+
+        if source.classes is None:
+            raise UserError(
+                f"{arguments.set}: its classes have no names (no classes.txt), so none can be left out by name"
+            )
+        removed = sorted(overlapping(source.classes, names_of(arguments.without)))
+        numbers = np.array([source.classes.index(name) for name in removed], np.int64)
+        source = formats.Renumbered(formats.Without(source, numbers))
+        if not len(source):
+            raise UserError(f"{arguments.without} names everybody in {arguments.set}: nothing would be left")
+    if arguments.to == "rec":
+        formats.write_rec(arguments.out / "train.rec", source)
+    elif arguments.to == "tar":
+        formats.write_tars(arguments.out, source)
+    else:
+        formats.write_folder(arguments.out, source)
+    people = len(np.unique(source.labels()))
+    left_out = f"; {len(removed):,} people were left out" if arguments.without else ""
+    print(f"wrote {len(source):,} images of {people:,} people to {arguments.out}{left_out}")
+    return 0

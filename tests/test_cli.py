@@ -423,6 +423,11 @@ def test_an_interruption_of_any_command_is_one_message(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"mvrepro.commands.{name}.run", interrupted)
-    needed = {"train": ["--loss", "Softmax"], "notebook": ["01"]}
+    needed = {
+        "train": ["--loss", "Softmax"],
+        "notebook": ["01"],
+        "data": ["inspect", "x"],
+        "judge": ["--protocol", "lfw", "--embeddings", "x"],
+    }
     assert main([name, *needed.get(name, [])]) == 130
     assert capsys.readouterr().err == f"mvrepro {name}: stopped; nothing half-written was kept\n"

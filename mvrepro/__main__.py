@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mvrepro", description=__doc__.splitlines()[0] if __doc__ else "")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        title = text[0].upper() + text[1:] + "."
+        sub = subparsers.add_parser(name, help=text, description=title, allow_abbrev=False)  # --margin is no option
         if argv[:1] == [name]:
             command = importlib.import_module(f"mvrepro.commands.{name}")
             command.add_arguments(sub)

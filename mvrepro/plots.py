@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
@@ -127,7 +127,7 @@ def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mappin
     ax.plot(mean.index, mean, label=label, markevery=4, markersize=4, linewidth=1.2, **style)
     ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
     ax.set_xlabel("epoch")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return list(mean)
 
 

@@ -159,10 +159,10 @@ def test_train_in_a_process_fails_with_one_message(tmp_path: Path, arguments: li
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "unknown profile 'huge'; params.yaml has: quick, toy"),
+        (["--profile", "huge"], "unknown profile 'huge'; params.yaml has: quick, faces, toy"),
         (["--device", "gpu"], "device 'gpu' can't be used: "),
         (["--device", "cuda:99"], "device 'cuda:99' can't be used: "),
-        (["--data", "mnist"], "unknown data 'mnist'; known are: orl, digits"),
+        (["--data", "mnist"], "unknown data 'mnist'; known are: orl, digits, lfw, cfp"),
         (["--backbone", "vgg"], "unknown backbone 'vgg'; known are: toy, "),
         (["--m", "-1"], "m of AM-Softmax must be a number >= 0, got -1.0"),
         (["--start-from", "/nowhere/model"], "/nowhere/model is not a readable checkpoint: "),
@@ -412,7 +412,7 @@ def test_notebooks_of_the_project_are_found_by_number() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc.*")
 def test_status_of_an_unknown_profile_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, "status", "--profile", "huge")
-    assert said.startswith("mvrepro status: profile 'huge' has no stages in dvc.yaml; known are: quick")
+    assert said.startswith("mvrepro status: profile 'huge' has no stages in dvc.yaml; known are: faces, quick")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -9,9 +9,7 @@ import pytest
 from mvrepro import runs
 from mvrepro.__main__ import main
 
-needs_data = pytest.mark.skipif(
-    not os.environ.get("MVREPRO_DATA"), reason="MVREPRO_DATA is not set: it names the folder with lfw/, cfp/ and celeba/"
-)
+needs_data = pytest.mark.skipif(not os.environ.get("MVREPRO_DATA"), reason="MVREPRO_DATA is not set: the photographs")
 
 
 @needs_data

@@ -4,8 +4,10 @@ NB ?=
 FORCE ?=
 JOBS ?=
 SAMPLE ?=
+PORT ?= 8000
 
 VENV := .venv
+BOOK := .venv-book
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 MVREPRO := $(BIN)/python -m mvrepro
@@ -23,7 +25,7 @@ export PYTHONHASHSEED := 0
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce status validate test lint lab clean clean-env
+.PHONY: help env reproduce status validate test lint lab book serve test-book clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,13 +34,21 @@ help: ## this list
 
 env: $(if $(filter file,$(origin BIN)),$(VENV)/.ready) ## build .venv from requirements.lock (not with BIN=, an environment of your own)
 
-$(VENV)/.ready: requirements.lock
+# $(call venv,FOLDER,REQUIREMENTS,COST): a virtual environment of pinned packages
+define venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 	  echo "mvrepro: the locked environment needs Python 3.11, found $$($(PYTHON) --version 2>&1 || echo none): install python3.11 or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "building $(VENV) from requirements.lock (once; about 2 minutes and 2 GB)"
-	@$(PYTHON) -m venv $(VENV) || { echo "mvrepro: could not make a virtual environment: on Debian and Ubuntu, install python3.11-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements.lock
+	@echo "building $(1) from $(2) (once; about $(3))"
+	@$(PYTHON) -m venv $(1) || { echo "mvrepro: could not make a virtual environment: on Debian and Ubuntu, install python3.11-venv" >&2; exit 1; }
+	@$(1)/bin/python -m pip install -q -q --disable-pip-version-check -r $(2)
 	@touch $@
+endef
+
+$(VENV)/.ready: requirements.lock
+	$(call venv,$(VENV),$<,2 minutes and 2 GB)
+
+$(BOOK)/.ready: requirements-book.lock
+	$(call venv,$(BOOK),$<,1 minute and 0.3 GB)
 
 reproduce: env ## compute every stage of PROFILE not yet computed here, and compare with the committed values
 	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS)) $(if $(SAMPLE),--sample $(SAMPLE))
@@ -59,8 +69,19 @@ lint: env ## ruff and mypy, as pre-commit runs them
 lab: env ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks
 
-clean: ## remove what this machine remembers and scratch runs; committed results stay
-	rm -rf .mvrepro scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis
+book: $(BOOK)/.ready ## the executed notebooks as an offline site: build/book/index.html
+	@$(BOOK)/bin/python docs/build.py
+	@echo "build/book/index.html"
 
-clean-env: ## remove .venv
-	rm -rf $(VENV)
+serve: book ## the book in a browser on this machine (PORT=8000)
+	@$(BOOK)/bin/python docs/serve.py $(PORT)
+
+test-book: env book ## the book's tests, in a real browser (Chromium)
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-book-test.txt
+	@$(BIN)/python -m pytest -q -n 2 tests/book
+
+clean: ## remove what this machine remembers, the book and scratch runs; committed results stay
+	rm -rf .mvrepro build scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+clean-env: ## remove .venv and .venv-book
+	rm -rf $(VENV) $(BOOK)

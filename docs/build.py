@@ -1,0 +1,227 @@
+"""Build the book: every executed notebook as a page of an offline site in build/book.
+
+A copy of each notebook gets what a reader of the page needs (where its numbers come from, alt texts, the data
+behind each figure, links that lead somewhere); then Sphinx makes pages of the copies, and each of its warnings is
+an error. Nothing is executed, and the same commit gives the same bytes.
+"""
+
+import json
+import re
+import shutil
+import sys
+from base64 import b64decode
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from posixpath import normpath
+from typing import Any
+
+from sphinx.cmd.build import main as sphinx
+
+from mvrepro.errors import UserError
+from mvrepro.files import RESULTS, ROOT, read_json, write_atomic, write_json
+from mvrepro.provenance import git
+
+DOCS, BUILD = ROOT / "docs", ROOT / "build"
+PAGES, STATIC, BOOK = BUILD / "pages", BUILD / "static", BUILD / "book"
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)\)")  # to a file, not to an address
+
+
+def profiles() -> list[str]:
+    """The profiles with executed notebooks, real faces first."""
+    found = {path.parent.name for path in (RESULTS / "executed").glob("*/*.ipynb")}
+    return sorted(found, key=lambda name: (name != "faces", name))
+
+
+def notebooks(profile: str) -> list[Path]:
+    return sorted((RESULTS / "executed" / profile).glob("*.ipynb"))
+
+
+def title(path: Path) -> str:
+    return "".join(read_json(path)["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
+
+
+def short(path: Path) -> str:
+    """04-margin-based.ipynb -> "04 margin-based"."""
+    return path.stem.replace("-", " ").replace(" based", "-based")
+
+
+def commit(revision: str | None) -> str:
+    """A commit with its date, which a shallow clone may not know."""
+    if not revision:
+        return "a commit not known here"
+    return f"`{revision[:7]}` ({git('show', '-s', '--format=%cs', revision) or 'date unknown'})"
+
+
+def origin(profile: str) -> str:
+    """Where the profile's numbers come from: commits, dates and hardware, out of the records of its runs."""
+    records = [read_json(path)["provenance"] for path in sorted((RESULTS / "runs" / profile).glob("*.json"))]
+    if not records:
+        return "no training runs"
+    commits = " and ".join(commit(each) for each in sorted({r["commit"] for r in records}, key=str))
+    changed = sum(r["dirty"] is not False for r in records)
+    machines = sorted({f"{r['device']} with {r['cpus']} cores, torch {r['versions']['torch']}" for r in records})
+    note = f", {changed} of them with changes not yet committed" if changed else ""
+    return f"{len(records)} training runs at {commits}{note}, on {' and '.join(machines)}"
+
+
+def about(path: Path) -> str:
+    """The small print of a page."""
+    profile, place = path.parent.name, path.relative_to(ROOT)
+    shallow = git("rev-parse", "--is-shallow-repository") != "false"  # there every file seems to be of one commit
+    last = None if shallow else git("log", "-1", "--format=%H", "--", str(place))
+    source = f"[notebooks/{path.name}](notebooks/{path.name})"
+    return (
+        "```{container} about\n"
+        f"Profile **{profile}**: {origin(profile)}. This page: [{place}]({place}), last changed at {commit(last)}; "
+        f"without outputs: {source}.\n```"
+    )
+
+
+def resolve(text: str, folder: str, up: str) -> str:
+    """Let links lead to a page of the same profile or to a file of the repository; others become their words.
+
+    folder: where the text stands in the repository; up: the way from its page to the repository's root.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        words, target = match.groups()
+        for place in (normpath(f"{folder}/{target}"), normpath(target)):
+            if (ROOT / place).is_file():
+                page = place.startswith(f"{folder}/") and "/" not in target
+                plain = words.replace("`", "")  # a role takes no markup inside
+                return match.group() if page else f"{{download}}`{plain} <{up}{place}>`"
+        return words
+
+    return LINK.sub(link, text)
+
+
+def figure_data(profile: str) -> dict[str, str]:
+    """SHA-256 of each picture of a profile -> the file with the data behind it."""
+    files = sorted((RESULTS / "figures" / profile).glob("*.json"))
+    return {read_json(path)["sha256"]: str(path.relative_to(ROOT)) for path in files}
+
+
+def join_setup(cells: list[dict[str, Any]]) -> None:
+    """The first code cells (parameters and imports) as one, so that one click shows them."""
+    first = next(i for i, cell in enumerate(cells) if cell["cell_type"] == "code")
+    while cells[first + 1]["cell_type"] == "code":
+        cells[first]["source"] = [*cells[first]["source"], "\n\n", *cells.pop(first + 1)["source"]]
+    cells[first]["metadata"]["tags"] = ["hide-input"]
+
+
+def page(path: Path, data: dict[str, str]) -> dict[str, Any]:
+    """The notebook as the book shows it. data: of figure_data."""
+    notebook = read_json(path)
+    folder, up = str(path.parent.relative_to(ROOT)), "../../../"
+    join_setup(notebook["cells"])
+    for cell in notebook["cells"]:
+        code = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            cell["source"] = resolve(code, folder, up)
+            continue
+        if code.startswith("report.header("):
+            cell["metadata"]["tags"] = ["remove-input"]  # the box that it prints says the same
+        for output in cell["outputs"]:
+            text = output.get("data", {}).get("text/markdown")
+            if text:
+                output["data"]["text/markdown"] = resolve("".join(text), folder, up)
+        pictures = [output for output in cell["outputs"] if "image/png" in output.get("data", {})]
+        if len(pictures) > 1:
+            raise UserError(f"{path.relative_to(ROOT)}: cell {cell['id']} shows two figures, the book takes one a cell")
+        for output in pictures:
+            # MyST-NB takes the size of a picture from its output, but the alt text from its cell.
+            cell["metadata"] |= {
+                "tags": ["hide-input"],
+                "mystnb": {"image": {"alt": output["metadata"]["image/png"]["alt"]}},
+            }
+            source = data.get(sha256(b64decode("".join(output["data"]["image/png"]))).hexdigest())
+            if source:
+                note = f"```{{container}} about\n{{download}}`Data of this figure <{up}{source}>`\n```"
+                added = {"output_type": "display_data", "data": {"text/markdown": note}, "metadata": {}}
+                cell["outputs"].append(added)
+    small_print = {"cell_type": "markdown", "id": "about", "metadata": {}, "source": resolve(about(path), "", up)}
+    notebook["cells"].insert(1, small_print)
+    return notebook
+
+
+def verdicts() -> str:
+    """The table of claims, as README.md has it between its marks."""
+    return re.search(r"<!-- claims:.*?-->\n(.*?)<!-- end of claims -->", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+def reading() -> str:
+    """What the first page lists: each profile's notebooks by their titles, and what the profile is."""
+    parts = []
+    for profile in profiles():
+        pages = notebooks(profile)
+        note = re.search(rf"`{profile}`: ([^|]*) \|", pages[0].read_text(encoding="utf-8"))[1]  # out of its box
+        parts.append(f"## Profile {profile}\n\n{note[0].upper()}{note[1:]}.\n")
+        parts += [f"- {path.stem[:2]} [{title(path)}]({profile}/{path.name})" for path in pages]
+    return "\n".join(parts)
+
+
+def tree(caption: str, pages: list[str]) -> str:
+    """A part of the navigation: "00 claims <faces/00-claims>" and so on."""
+    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```\n"])
+
+
+def index() -> str:
+    text = (DOCS / "index.md").read_text(encoding="utf-8").replace("<!-- verdicts -->", verdicts())
+    text = resolve(text, "docs", "../../").replace("<!-- notebooks -->", reading())
+    text = text.replace("<!-- first -->", f"{profiles()[0]}/{notebooks(profiles()[0])[0].name}")
+    for profile in profiles():
+        text += tree(f"Profile {profile}", [f"{short(p)} <{profile}/{p.stem}>" for p in notebooks(profile)])
+    return text + tree("Try", ["a loss in your hands <interactive>"])
+
+
+def formulas() -> str:
+    """The library's tables for the interactive page, out of its source: the library itself would need torch here.
+    A loss with a part that docs/interactive/losses.js doesn't know is left out."""
+    text = (ROOT / "mvrepro" / "losses.py").read_text(encoding="utf-8")
+
+    def row(f: str = "cos", h: str | None = None, g: str | None = None, **more: Any) -> dict[str, Any] | None:
+        known = f in ("cos", "A", "AM", "Arc") and h in (None, "fixed", "adaptive") and g in (None, "HM", "F")
+        return {"f": f, "h": h, "g": g} if known and not more else None
+
+    def table(name: str) -> dict[str, Any]:
+        literal = re.search(rf"^{name}\b[^\n]*= (\{{.*?\}})$", text, re.DOTALL | re.MULTILINE)[1]
+        return {key: value for key, value in eval(literal, {"Loss": row}).items() if value is not None}
+
+    lines = {"MV_LOSSES": table("LOSSES"), "MV_MARGINS": table("DEFAULT_MARGIN")}
+    return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in lines.items())
+
+
+def assets() -> None:
+    """Styles and scripts, and MathJax out of its package: what the pages need of its 24 MB."""
+    mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
+    for folder in (DOCS / "static", DOCS / "interactive"):
+        shutil.copytree(folder, STATIC, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.md", "*.html"))
+    fonts = Path("output", "chtml", "fonts", "woff-v2")
+    shutil.copytree(mathjax / fonts, STATIC / "mathjax" / fonts)
+    shutil.copy(mathjax / "tex-chtml.js", STATIC / "mathjax")
+    write_atomic(STATIC / "table.js", formulas())
+
+
+def main() -> int:
+    if not profiles():
+        raise UserError("results/executed holds no notebook, so there is nothing to show: `make reproduce` makes some")
+    for folder in (PAGES, STATIC, BOOK):
+        shutil.rmtree(folder, ignore_errors=True)
+    assets()
+    for profile in profiles():
+        data = figure_data(profile)
+        for path in notebooks(profile):
+            write_json(PAGES / profile / path.name, page(path, data))
+    write_atomic(PAGES / "index.md", index())
+    shutil.copy(DOCS / "interactive.md", PAGES)
+    shutil.copy(DOCS / "interactive" / "widget.html", PAGES)
+    options = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(BUILD / "doctrees")]
+    return sphinx([*options, str(PAGES), str(BOOK)])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"mvrepro: {error}")

@@ -1,0 +1,23 @@
+"use strict";
+
+// A page on the file system may not fetch others, so the search there lists titles without excerpts.
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+
+// What scrolls sideways in its box can be reached, and so scrolled, with the keyboard.
+function reachScrollers() {
+  for (const box of document.querySelectorAll(".table-wrapper, .math-wrapper, .cell_output, pre")) {
+    const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === "auto";
+    if (scrolls) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+}
+window.addEventListener("load", async () => {
+  await window.MathJax?.startup?.promise; // formulas get their width from it
+  reachScrollers();
+  window.addEventListener("resize", reachScrollers);
+});
+
+// The theme's navigation calls its captions headings without saying of which level.
+window.addEventListener("DOMContentLoaded", () => {
+  for (const caption of document.querySelectorAll(".caption[role=heading]")) caption.ariaLevel = "2";
+});

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
-from mvrepro.formats.common import SUFFIXES
+from mvrepro.formats.common import SUFFIXES, decode
 
 SIDE = 112
 # Left eye, right eye, nose, left and right corner of the mouth (as seen), x and y: InsightFace's template for 112×112.
@@ -184,12 +184,9 @@ def _known(table: Path, out: Path, places: set[str]) -> Iterable[tuple[str, str]
 
 
 def _read(photo: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
     try:
-        with Image.open(photo) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return np.ascontiguousarray(decode(photo.read_bytes()).transpose(1, 2, 0))
+    except (OSError, ValueError) as error:
         raise UserError(f"{photo} can't be read as an image: {error}") from None
 
 

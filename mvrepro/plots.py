@@ -123,12 +123,10 @@ def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mappin
     """A column of runs.curves() against the epoch: the mean over seeds as a line, lowest to highest as a
     band. Returns the means drawn."""
     by_epoch = curves.groupby("epoch")[column]
-    mean, low, high = by_epoch.mean(), by_epoch.min(), by_epoch.max()
-    ax.plot(mean.index, mean, label=label, markevery=4, markersize=4, linewidth=1.2, **style)
-    ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    rows = np.column_stack([values for _, values in by_epoch])
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return list(mean)
+    return band(ax, list(by_epoch.groups), rows, label, {"markevery": 4, **style})
 
 
 def band(ax: Axes, x: ArrayLike, rows: ArrayLike, label: str, style: Mapping[str, Any]) -> list[float]:

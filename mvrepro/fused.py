@@ -175,6 +175,13 @@ class _Line(NamedTuple):
         a = at_1 - at_0
         return cls(rule.s, rule.s * at_0, rule.s * (a - 1), 0.0 if rule.stop_gradient else math.log(a))
 
+    @property
+    def constant(self) -> float | None:
+        """A number c such that e^{z − c} is neither 0 nor, summed over 10^7 classes, infinite in float32
+        (e^−87 … e^88) for any z from −s to that of a cosine of 1; None where there is none."""
+        c = max(0.0, self.s + max(0.0, self.jump + self.bend) - 70)
+        return c if self.s + c <= 86 else None
+
 
 class _Plan:
     """The chunks of a sweep, and where in them the targets are. labels count from this rank's first class."""
@@ -220,7 +227,8 @@ class _Sweep(torch.autograd.Function):
         tau = plan.margin(cos_y)[:, None]
 
         inverse = u.new_empty(len(weight))  # 1/|w|; 0 for a row of length 0
-        top = torch.full_like(tau, -plan.line.s)  # the largest z so far; none is below −s
+        # A number near the largest z: one that serves all, or the largest z so far, of which none is below −s.
+        top = torch.full_like(tau, -plan.line.s if plan.line.constant is None else plan.line.constant)
         total = torch.zeros_like(tau)  # Σ_{k≠y} e^{z − top}
         kept = []
         weigh = _on(u.device, _weigh)
@@ -295,7 +303,11 @@ def _exponents(line: _Line, cos: Tensor, tau: Tensor, shift: Tensor, lift: float
     torch.add(-shift, cos, alpha=line.s, out=out)
     if line.jump or line.bend:
         torch.gt(cos, tau, out=marks)  # Eq. 5
-        out.addcmul_(marks, torch.mul(cos, line.bend, out=extra).add_(line.jump + lift))
+        jump = line.jump + lift
+        if line.bend:
+            out.addcmul_(marks, torch.add(cos, jump / line.bend, out=extra), value=line.bend)
+        else:
+            out.add_(marks, alpha=jump)
     return out
 
 
@@ -303,9 +315,11 @@ def _weigh(
     line: _Line, cos: Tensor, tau: Tensor, top: Tensor, total: Tensor, *scratch: Tensor
 ) -> tuple[Tensor, Tensor]:
     """top and total (B, 1) after one more chunk."""
-    most = cos.amax(1, keepdim=True)  # z grows with c
-    small = (torch.empty_like(most) for _ in scratch)
-    higher = torch.maximum(top, _exponents(line, most, tau, torch.zeros_like(top), 0.0, *small))
+    higher = top
+    if line.constant is None:
+        most = cos.amax(1, keepdim=True)  # z grows with c
+        small = (torch.empty_like(most) for _ in scratch)
+        higher = torch.maximum(top, _exponents(line, most, tau, torch.zeros_like(top), 0.0, *small))
     terms = _exponents(line, cos, tau, higher, 0.0, *scratch).exp_()
     return higher, total * (top - higher).exp() + terms.sum(1, keepdim=True)
 

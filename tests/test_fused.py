@@ -350,7 +350,7 @@ def test_compiled_chunks(monkeypatch):
         expected = sweep("MV-AM-Softmax-a", data, t=t)
         with monkeypatch.context() as patch:
             patch.setattr(fused, "COMPILED", {"cpu"})
-            assert_close(sweep("MV-AM-Softmax-a", data, t=t), expected, 1e-12)
+            assert_close(sweep("MV-AM-Softmax-a", data, t=t), expected, 1e-9)
 
 
 # ---------------------------------------------------------------- what autograd asks

@@ -1,0 +1,261 @@
+"""What a head costs: time and memory of one step, against the three matrix products that no head can do without.
+
+The yardstick, measured beside each case: u Wᵀ (B, K), G W (B, D) and Gᵀ u (K, D), of which the last two, the
+gradients, get fresh memory, as every head's do. A case is one forward and backward pass, gradients of x and W
+included. Times are medians of ratios, cases and products interleaved in one process a shape. Memory is the
+highest resident size during a step, less that before it and less dW, in a process for each case.
+"""
+
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvrepro.errors import UserError
+from mvrepro.fused import free_memory
+from mvrepro.losses import MarginHead
+
+LOSS = "MV-AM-Softmax-a"
+BAR = 128, 86_876, 512  # B, K, D of the bars in issue and notebook 11
+SHAPES = [
+    *((128, K, 512) for K in (10_000, 30_000, 86_876, 300_000, 1_000_000)),
+    *((B, 86_876, 512) for B in (64, 256, 512, 1024)),
+    (128, 1_000_000, 128),
+]
+MIB = 2**20
+
+
+class Naive(nn.Module):
+    """MV-AM-Softmax-a as one would write it down."""
+
+    def __init__(self, D: int, K: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(K, D) / D**0.5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        cos = F.linear(F.normalize(x), F.normalize(self.weight))
+        f = cos.gather(1, y[:, None]) - 0.35
+        cos = torch.where(cos > f, 1.2 * cos + 0.2, cos)
+        return F.cross_entropy(32 * cos.scatter(1, y[:, None], f), y)
+
+
+class Unnormalised(nn.Module):
+    """torch's own chunked head, which knows neither cosines nor margins."""
+
+    def __init__(self, D: int, K: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(K, D) / D**0.5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.linear_cross_entropy(x, self.weight, y)
+
+
+class ArcFaceLoss(nn.Module):
+    """pytorch-metric-learning's: Arc-Softmax, so without an emphasis."""
+
+    def __init__(self, D: int, K: int) -> None:
+        super().__init__()
+        from pytorch_metric_learning.losses import ArcFaceLoss
+
+        self.loss = ArcFaceLoss(K, D)
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.loss.W
+        return weight
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = self.loss(x, y)
+        return loss
+
+
+def _head(**how: Any) -> Callable[[int, int], nn.Module]:
+    return lambda D, K: MarginHead(LOSS, D, K, check=False, **how)
+
+
+CASES: dict[str, Callable[[int, int], nn.Module]] = {
+    "fused, keep=none": _head(backend="fused", keep="none"),
+    "fused, keep=float32": _head(backend="fused", keep="float32"),
+    "fused, keep=float16": _head(backend="fused", keep="float16"),
+    "dense": _head(backend="dense"),
+    "dense, compiled": _head(backend="dense"),
+    "naive": Naive,
+    "naive, compiled": Naive,
+    "ArcFaceLoss": ArcFaceLoss,
+    "linear_cross_entropy": Unnormalised,
+}
+
+
+def missing() -> dict[str, str]:
+    """Case -> why it can't be measured here."""
+    found: dict[str, str] = {}
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        found |= dict.fromkeys([case for case in CASES if "compiled" in case], "torch.compile needs a C++ compiler")
+    if not hasattr(F, "linear_cross_entropy"):
+        found["linear_cross_entropy"] = f"torch {torch.__version__} has none"
+    try:
+        import pytorch_metric_learning  # noqa: F401
+    except ImportError:
+        found["ArcFaceLoss"] = "pytorch-metric-learning is not installed (requirements-dev.txt has it)"
+    return found
+
+
+def need(case: str, B: int, K: int, D: int, itemsize: int) -> int:
+    """Bytes that a step takes about, of W and the logits, so that nobody is sent into swap."""
+    logits, weights = (1, 3) if case.startswith("fused") else (8, 5)
+    return itemsize * (logits * B * K + weights * K * D)
+
+
+class Step:
+    """One head at one shape, called to do a step."""
+
+    def __init__(self, case: str, B: int, K: int, D: int, device: str, dtype: str) -> None:
+        torch.manual_seed(0)
+        self.device = torch.device(device)
+        kind = getattr(torch, dtype)
+        self.head = CASES[case](D, K).to(self.device, kind)
+        self.forward = torch.compile(self.head) if "compiled" in case else self.head
+        self.x = torch.randn(B, D, device=self.device, dtype=kind, requires_grad=True)
+        self.y = torch.randint(0, K, (B,), device=self.device)
+
+    def __call__(self) -> None:
+        self.clear()
+        self.forward(self.x, self.y).backward()
+
+    def clear(self) -> None:
+        self.x.grad = None
+        self.head.zero_grad(set_to_none=True)
+
+
+class Products:
+    """The yardstick."""
+
+    def __init__(self, B: int, K: int, D: int, device: str, dtype: str) -> None:
+        make = {"device": device, "dtype": getattr(torch, dtype)}
+        self.u, self.W, self.G = (torch.randn(shape, **make) for shape in ((B, D), (K, D), (B, K)))
+
+    def __call__(self) -> None:
+        torch.mm(self.u, self.W.T, out=self.G)
+        _ = self.G @ self.W, self.G.T @ self.u
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    started = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - started
+
+
+def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
+    """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once."""
+    products = Products(*shape, device, dtype)
+    steps = {case: Step(case, *shape, device, dtype) for case in cases}
+    for step in steps.values():
+        step()  # compiles, and touches all memory
+        step.clear()
+    products()
+    started = time.perf_counter()
+    floors: list[float] = []
+    ratios: dict[str, list[float]] = {case: [] for case in cases}
+    times: dict[str, list[float]] = {case: [] for case in cases}
+    while len(floors) < 3 or (len(floors) < 25 and time.perf_counter() - started < budget):
+        order = cases[len(floors) % len(cases) :] + cases[: len(floors) % len(cases)]
+        floors.append(seconds(products, device))
+        for case in order:
+            took = seconds(steps[case], device)
+            steps[case].clear()
+            times[case].append(took)
+            ratios[case].append(took / floors[-1])
+    found = {}
+    for case in cases:
+        low, middle, high = statistics.quantiles(ratios[case], n=4)
+        found[case] = {"ms": 1e3 * statistics.median(times[case]), "ratio": middle, "low": low, "high": high}
+    return {"products_ms": 1e3 * statistics.median(floors), "rounds": len(floors), "cases": found}
+
+
+def memory(case: str, shape: tuple[int, int, int], device: str, dtype: str) -> dict[str, Any]:
+    """MiB of one step beyond dW and what lay there before, and of the process in all (on a GPU: of tensors)."""
+    step = Step(case, *shape, device, dtype)
+    step()  # what libraries keep for themselves, once
+    step.clear()
+    gc.collect()
+    dW = sum(p.nbytes for p in step.head.parameters())
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak = everything = torch.cuda.max_memory_allocated()
+    else:
+        everything = _resident("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+        before = _resident("VmRSS")
+        step()
+        peak = _resident("VmHWM")
+    return {"beyond_dw_mib": (peak - before - dW) / MIB, "in_all_mib": max(peak, everything) / MIB}
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise UserError("this system doesn't tell a process how much memory it takes: --no-memory leaves that out")
+
+
+def apart(function: str, *arguments: Any, threads: int) -> Any:
+    """A function of this module in a process of its own."""
+    # Freed memory goes back at once, so that the resident size is what is in use.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if function == "memory" else {}
+    command = [sys.executable, "-m", "mvrepro.bench", function, str(threads), json.dumps(arguments)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{function} of {arguments[:2]} failed:\n{done.stderr.strip() or f'exit {done.returncode}'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(
+    shapes: list[tuple[int, int, int]],
+    cases: list[str],
+    *,
+    device: str,
+    dtype: str,
+    threads: int,
+    budget: float,
+    with_memory: bool,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One entry a shape: B, K, D, products_ms, rounds, cases and what was skipped, for want of memory."""
+    found = []
+    itemsize = getattr(torch, dtype).itemsize
+    for shape in shapes:
+        B, K, D = shape
+        free = free_memory(torch.device(device))
+        # All cases of a shape share one process for their times, so each leaves room for the others' weights.
+        room = 0.8 * free - itemsize * K * (B + D * (len(cases) + 1))
+        skipped = [case for case in cases if need(case, *shape, itemsize) > max(room, 0)]
+        chosen = [case for case in cases if case not in skipped]
+        say(f"B {B}, K {K:,}, D {D}" + (f" (too little memory for {', '.join(skipped)})" if skipped else ""))
+        entry: dict[str, Any] = {"B": B, "K": K, "D": D, "skipped": skipped}
+        entry |= apart("time_shape", chosen, shape, device, dtype, budget, threads=threads)
+        for case in chosen if with_memory else ():
+            entry["cases"][case] |= apart("memory", case, shape, device, dtype, threads=threads)
+        found.append(entry)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    function = time_shape if sys.argv[1] == "time_shape" else memory
+    print(json.dumps(function(*json.loads(sys.argv[3]))))

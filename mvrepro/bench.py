@@ -112,19 +112,23 @@ def missing() -> dict[str, str]:
 
 
 def need(case: str, B: int, K: int, D: int, itemsize: int) -> int:
-    """Bytes that a step takes about, of W and the logits, so that nobody is sent into swap."""
-    logits, weights = (1, 3) if case.startswith("fused") else (8, 5)
+    """About the bytes that a step takes beside W, so that nobody is sent into swap."""
+    logits, weights = (1, 1) if case.startswith("fused") else (8, 3)
     return itemsize * (logits * B * K + weights * K * D)
 
 
 class Step:
     """One head at one shape, called to do a step."""
 
-    def __init__(self, case: str, B: int, K: int, D: int, device: str, dtype: str) -> None:
+    def __init__(
+        self, case: str, B: int, K: int, D: int, device: str, dtype: str, weight: Tensor | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.device = torch.device(device)
         kind = getattr(torch, dtype)
         self.head = CASES[case](D, K).to(self.device, kind)
+        if weight is not None and self.head.weight.shape == weight.shape:  # one for all cases
+            self.head.weight = nn.Parameter(weight)
         self.forward = torch.compile(self.head) if "compiled" in case else self.head
         self.x = torch.randn(B, D, device=self.device, dtype=kind, requires_grad=True)
         self.y = torch.randint(0, K, (B,), device=self.device)
@@ -162,8 +166,9 @@ def seconds(step: Callable[[], None], device: str) -> float:
 def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
     """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once."""
     products = Products(*shape, device, dtype)
-    steps = {case: Step(case, *shape, device, dtype) for case in cases}
-    for step in steps.values():
+    steps: dict[str, Step] = {}
+    for case in cases:
+        steps[case] = step = Step(case, *shape, device, dtype, weight=products.W)
         step()  # compiles, and touches all memory
         step.clear()
     products()
@@ -242,9 +247,8 @@ def measure(
     for shape in shapes:
         B, K, D = shape
         free = free_memory(torch.device(device))
-        # All cases of a shape share one process for their times, so each leaves room for the others' weights.
-        room = 0.8 * free - itemsize * K * (B + D * (len(cases) + 1))
-        skipped = [case for case in cases if need(case, *shape, itemsize) > max(room, 0)]
+        room = 0.8 * free - itemsize * K * (B + 3 * D)  # the products' matrices, and W twice
+        skipped = [case for case in cases if need(case, *shape, itemsize) > room]
         chosen = [case for case in cases if case not in skipped]
         say(f"B {B}, K {K:,}, D {D}" + (f" (too little memory for {', '.join(skipped)})" if skipped else ""))
         entry: dict[str, Any] = {"B": B, "K": K, "D": D, "skipped": skipped}

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,26 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - started
 
 
+def others(started: float, before: tuple[float, float]) -> float:
+    """Cores that other processes kept busy since then, of /proc/stat; 0 where there is none."""
+    busy, own = busy_seconds()
+    return max(0.0, (busy - before[0] - (own - before[1])) / (time.perf_counter() - started))
+
+
+def busy_seconds() -> tuple[float, float]:
+    """CPU seconds of the whole machine, and of this process."""
+    with suppress(OSError):
+        user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK"), time.process_time()
+    return 0.0, 0.0
+
+
 def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
-    """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once."""
+    """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once.
+
+    A round during which other processes took more than a tenth of a core doesn't count, as long as three that count
+    come together within ten times the budget; `disturbed` says where they didn't and all rounds count.
+    """
     products = Products(*shape, device, dtype)
     steps: dict[str, Step] = {}
     for case in cases:
@@ -173,22 +192,32 @@ def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype
         step.clear()
     products()
     started = time.perf_counter()
-    floors: list[float] = []
-    ratios: dict[str, list[float]] = {case: [] for case in cases}
-    times: dict[str, list[float]] = {case: [] for case in cases}
-    while len(floors) < 3 or (len(floors) < 25 and time.perf_counter() - started < budget):
-        order = cases[len(floors) % len(cases) :] + cases[: len(floors) % len(cases)]
-        floors.append(seconds(products, device))
-        for case in order:
-            took = seconds(steps[case], device)
+    rounds: list[tuple[float, dict[str, float]]] = []  # cores that others took; seconds of each case
+    quiet: list[dict[str, float]] = []
+    while len(quiet) < 25:
+        spent = time.perf_counter() - started
+        if len(rounds) >= 3 and spent > (budget if len(quiet) >= 3 else 10 * budget):
+            break
+        first = len(rounds) % max(1, len(cases))
+        began, before = time.perf_counter(), busy_seconds()
+        took = {"products": seconds(products, device)}
+        for case in cases[first:] + cases[:first]:
+            took[case] = seconds(steps[case], device)
             steps[case].clear()
-            times[case].append(took)
-            ratios[case].append(took / floors[-1])
+        rounds.append((others(began, before), took))
+        quiet = [took for busy, took in rounds if busy <= 0.1]
+    counted = quiet if len(quiet) >= 3 else [took for _, took in rounds]
     found = {}
     for case in cases:
-        low, middle, high = statistics.quantiles(ratios[case], n=4)
-        found[case] = {"ms": 1e3 * statistics.median(times[case]), "ratio": middle, "low": low, "high": high}
-    return {"products_ms": 1e3 * statistics.median(floors), "rounds": len(floors), "cases": found}
+        low, middle, high = statistics.quantiles([took[case] / took["products"] for took in counted], n=4)
+        found[case] = {"ms": 1e3 * statistics.median(took[case] for took in counted)}
+        found[case] |= {"ratio": middle, "low": low, "high": high}
+    return {
+        "products_ms": 1e3 * statistics.median(took["products"] for took in counted),
+        "rounds": len(counted),
+        "disturbed": len(quiet) < 3,
+        "cases": found,
+    }
 
 
 def memory(case: str, shape: tuple[int, int, int], device: str, dtype: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def table(entry: dict[str, Any]) -> str:
     dense = entry["cases"].get("dense", {}).get("ms")
     lines = [
         f"\nB {entry['B']}, K {entry['K']:,}, D {entry['D']}: three bare products take {entry['products_ms']:.1f} ms "
-        f"(median of {entry['rounds']} rounds)",
+        f"(median of {entry['rounds']} rounds{', disturbed by other processes' if entry['disturbed'] else ''})",
         f"  {'':22}{'ms':>9}  × products      quartiles  × dense  beyond dW   in all (MiB)",
     ]
     for case, found in entry["cases"].items():

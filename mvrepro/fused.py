@@ -304,8 +304,8 @@ def _exponents(line: _Line, cos: Tensor, tau: Tensor, shift: Tensor, lift: float
     if line.jump or line.bend:
         torch.gt(cos, tau, out=marks)  # Eq. 5
         jump = line.jump + lift
-        if line.bend:
-            out.addcmul_(marks, torch.add(cos, jump / line.bend, out=extra), value=line.bend)
+        if line.bend:  # not addcmul's value=bend: torch 2.13 compiles the first t of a warm-up into it
+            out.addcmul_(marks, torch.mul(cos, line.bend, out=extra).add_(jump))
         else:
             out.add_(marks, alpha=jump)
     return out

@@ -346,11 +346,12 @@ def test_a_compiled_head_is_eager(options):
 def test_compiled_chunks(monkeypatch):
     """What CUDA does: the elementwise work of a chunk goes through inductor. t changes as in a warm-up."""
     data = draw(ODD, seed=2)
-    for t in (0.0, 0.1, 0.2, 0.3):
-        expected = sweep("MV-AM-Softmax-a", data, t=t)
-        with monkeypatch.context() as patch:
-            patch.setattr(fused, "COMPILED", {"cpu"})
-            assert_close(sweep("MV-AM-Softmax-a", data, t=t), expected, 1e-9)
+    for name, s in itertools.product(["MV-AM-Softmax-a", "MV-AM-Softmax-f"], [32.0, 48.0, 128.0]):
+        for t in (0.0, 0.1, 0.2, 0.3):
+            expected = sweep(name, data, s=s, t=t)
+            with monkeypatch.context() as patch:
+                patch.setattr(fused, "COMPILED", {"cpu"})
+                assert_close(sweep(name, data, s=s, t=t), expected, 1e-12, (name, s, t))
 
 
 # ---------------------------------------------------------------- what autograd asks

@@ -13,6 +13,7 @@ COMMANDS = {
     "status": "say which results are stale, without computing anything",
     "validate": "re-execute the committed notebooks strictly and check all that is generated",
     "notebook": "execute one report notebook with papermill",
+    "bench": "measure what the head costs, in time and in memory",
     "describe": "count what the faces profile trains on and tests with",
     "data": "fetch, align, inspect, compare and convert sets of faces",
     "judge": "judge anybody's embeddings (.npy) by any protocol",

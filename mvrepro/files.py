@@ -4,8 +4,9 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mvrepro.errors import explain_os_error
 
@@ -15,18 +16,19 @@ LOCAL = ROOT / ".mvrepro"  # what only this machine knows; git ignores it
 TEMPORARY = ".writing-"  # the prefix of files that are not whole yet; git ignores it
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write aside, then move into place: a reader, or a run after a crash, never sees half a file.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, aside, that moves into place when all went well: a reader, or a run after a
+    crash, never sees half a file.
 
     Raises UserError where the disk is full or the folder can't be written, and leaves nothing there.
     """
-    data = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -38,6 +40,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         if isinstance(error, OSError):
             raise explain_os_error(error, f"write {display(path)}") from None
         raise
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """The whole content of a file, by atomic_file."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:

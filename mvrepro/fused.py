@@ -35,14 +35,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mvrepro.losses import emphasise, normalise
+from mvrepro.losses import KEEP, emphasise, normalise
 
-KEEP = ("none", "float32", "float16")
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**24}  # the cosines of one chunk: what a cache holds
 COMPILED = {"cuda"}  # devices where the elementwise work of a chunk is compiled; it pays where launches are dear
 NOWHERE = -1e30  # in the place of a cosine that takes no part: e^{s NOWHERE} = 0
 
 Reduce = Callable[[Tensor, str], Tensor]
+Update = Callable[[slice, Tensor], None]
 
 
 def one_rank(part: Tensor, how: str) -> Tensor:
@@ -58,6 +58,7 @@ class Rule:
     margin       f(m, θ_y) of the target cosines (B,): elementwise and differentiable
     h, t         the emphasis of Eqs. 7 and 8, "fixed" or "adaptive", and its strength; None: no emphasis
     easy_margin  the target gets its margin only where cosθ_y > 0; the indicator compares with f all the same
+    stop_gradient  the adaptive emphasis passes no gradient: a = 1, for the same logits
     """
 
     s: float
@@ -65,6 +66,31 @@ class Rule:
     h: str | None = None
     t: float | Tensor = 0.0
     easy_margin: bool = False
+    stop_gradient: bool = False
+
+
+@dataclass
+class SGD:
+    """The step of torch.optim.SGD, some rows of a weight at a time; no dampening, no Nesterov.
+
+    Raises ValueError for negative numbers.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value}")
+
+    def step(self, rows: Tensor, momentum: Tensor | None, grad: Tensor) -> None:
+        """rows and momentum (n, D) change in place, and grad, their dL/dw, is used up."""
+        grad.add_(rows, alpha=self.weight_decay)
+        if momentum is not None:
+            grad = momentum.mul_(self.momentum).add_(grad)
+        rows.sub_(grad, alpha=self.lr)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -78,6 +104,7 @@ def fused_losses(
     chunk: int | None = None,
     first: int = 0,
     reduce: Reduce = one_rank,
+    update: Update | None = None,
 ) -> Tensor:
     """L = −log p_y of every sample: (B, D) embeddings, (K, D) weight, (B,) int64 labels -> (B,).
 
@@ -88,7 +115,9 @@ def fused_losses(
     chunk  classes at a time; None: as many as have their cosines, and a quarter of their weights, in CHUNK_BYTES
     first, reduce   for classes spread over ranks, of which this one holds first … first + K − 1:
            reduce(part, "sum" or "max") combines the ranks' tensors. Every rank calls it with the target
-           cosines, the maxima and the sums of O, (B,) each, and backward with dL/du (B, D), in this order.
+           cosines, the maxima and the sums of O, (B, 1) or (B,), and backward with dL/du (B, D), in this order.
+    update update(classes, grad) gets the gradient of each chunk in the backward sweep and may change these rows
+           of weight, and use up grad (n, D); dL/dW as a whole then never exists, and weight.grad stays as it is
     """
     if keep not in KEEP:
         raise ValueError(f"unknown keep {keep!r}; known are: {', '.join(KEEP)}")
@@ -96,7 +125,7 @@ def fused_losses(
     if chunk is None:
         size = CHUNK_BYTES["cuda" if embeddings.is_cuda else "cpu"]
         chunk = max(1, size // (dtype.itemsize * max(len(labels), weight.shape[1] // 4)))
-    plan = _Plan(rule, labels - first, len(weight), keep if torch.is_grad_enabled() else "none", chunk, reduce)
+    plan = _Plan(rule, labels - first, len(weight), keep if torch.is_grad_enabled() else "none", chunk, reduce, update)
     if reduce is one_rank and len(plan.own) < len(labels):
         raise ValueError(f"labels must be in {first} … {first + len(weight) - 1}")
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -144,14 +173,30 @@ class _Line(NamedTuple):
             return cls(rule.s)
         at_0, at_1 = emphasise(rule.h, torch.tensor([0.0, 1.0], dtype=torch.float64), float(rule.t)).tolist()
         a = at_1 - at_0
-        return cls(rule.s, rule.s * at_0, rule.s * (a - 1), math.log(a))
+        return cls(rule.s, rule.s * at_0, rule.s * (a - 1), 0.0 if rule.stop_gradient else math.log(a))
+
+    @property
+    def constant(self) -> float | None:
+        """A number c such that e^{z − c} is neither 0 nor, summed over 10^7 classes, infinite in float32
+        (e^−87 … e^88) for any z from −s to that of a cosine of 1; None where there is none."""
+        c = max(0.0, self.s + max(0.0, self.jump + self.bend) - 70)
+        return c if self.s + c <= 86 else None
 
 
 class _Plan:
     """The chunks of a sweep, and where in them the targets are. labels count from this rank's first class."""
 
-    def __init__(self, rule: Rule, labels: Tensor, classes: int, keep: str, chunk: int, reduce: Reduce) -> None:
-        self.margin, self.line, self.keep, self.reduce = rule.margin, _Line.of(rule), keep, reduce
+    def __init__(
+        self,
+        rule: Rule,
+        labels: Tensor,
+        classes: int,
+        keep: str,
+        chunk: int,
+        reduce: Reduce,
+        update: Update | None,
+    ) -> None:
+        self.margin, self.line, self.keep, self.reduce, self.update = rule.margin, _Line.of(rule), keep, reduce, update
         self.chunk = min(chunk, classes)
         self.edges = [*range(0, classes, self.chunk), classes]
         ordered, order = labels.sort(stable=True)
@@ -159,15 +204,15 @@ class _Plan:
         inside = slice(self.bounds[0], self.bounds[-1])
         self.own, self.y = order[inside], ordered[inside]  # samples whose class is on this rank, and the class
 
-    def chunks(self, u: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor], list[Tensor]]]:
-        """Each chunk's classes, the (rows, columns) of the targets among its (B, n) cosines, and four (B, n) buffers
-        in memory that all chunks share."""
+    def chunks(self, u: Tensor) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor], list[Tensor]]]:
+        """Each chunk's classes, where in `own` and `y` its targets are, their (rows, columns) among its (B, n)
+        cosines, and four (B, n) buffers in memory that all chunks share."""
         memory = u.new_empty(4, len(u) * self.chunk)
         bounds = [bound - self.bounds[0] for bound in self.bounds]
         for i, (start, stop) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
             here = slice(bounds[i], bounds[i + 1])
             buffers = memory[:, : len(u) * (stop - start)].view(4, len(u), stop - start)
-            yield slice(start, stop), (self.own[here], self.y[here] - start), list(buffers)
+            yield slice(start, stop), here, (self.own[here], self.y[here] - start), list(buffers)
 
 
 class _Sweep(torch.autograd.Function):
@@ -182,11 +227,12 @@ class _Sweep(torch.autograd.Function):
         tau = plan.margin(cos_y)[:, None]
 
         inverse = u.new_empty(len(weight))  # 1/|w|; 0 for a row of length 0
-        top = torch.full_like(tau, -plan.line.s)  # the largest z so far; none is below −s
+        # A number near the largest z: one that serves all, or the largest z so far, of which none is below −s.
+        top = torch.full_like(tau, -plan.line.s if plan.line.constant is None else plan.line.constant)
         total = torch.zeros_like(tau)  # Σ_{k≠y} e^{z − top}
         kept = []
         weigh = _on(u.device, _weigh)
-        for classes, targets, (cos, *scratch) in plan.chunks(u):
+        for classes, _, targets, (cos, *scratch) in plan.chunks(u):
             block = weight[classes].to(dtype)
             norm = torch.linalg.vector_norm(block, dim=1, out=inverse[classes]).reciprocal_()
             norm.masked_fill_(norm.isinf(), 0)
@@ -209,13 +255,23 @@ class _Sweep(torch.autograd.Function):
             )
         u, weight, cos_y, others, tau, inverse, *kept = ctx.saved_tensors
         plan, dtype = ctx.plan, u.dtype
+        # the targets' own G_iy, whose B terms need no product
+        own, y = plan.own, plan.y
+        grad, norm_y = grad_cos_y[own, None], inverse[y, None]
+        v_y = norm_y * weight[y].to(dtype)
+        dw_y = grad * norm_y * (u[own] - cos_y[own, None] * v_y)
+
         row = plan.line.s * grad_others  # G_ik = row_i P_ik, so that P alone goes through the products
         row_u = row[:, None] * u
-        du = torch.zeros_like(u) if ctx.needs_input_grad[0] else None
-        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        wants_u, wants_weight = ctx.needs_input_grad[:2]
+        du = torch.zeros_like(u) if wants_u else None
+        dweight: Any = torch.empty_like(weight) if wants_weight and not plan.update else None
+        spare = None  # one chunk of dL/dW, where it can't be computed in its place
+        if wants_weight and (plan.update or weight.dtype != dtype):
+            spare = u.new_empty(plan.chunk, u.shape[1])
         share = _on(u.device, _share)
         with torch.autocast(u.device.type, enabled=False):
-            for i, (classes, targets, (cos, *scratch)) in enumerate(plan.chunks(u)):
+            for i, (classes, here, targets, (cos, *scratch)) in enumerate(plan.chunks(u)):
                 block, norm = weight[classes].to(dtype), inverse[classes]
                 if kept:
                     cos.copy_(kept[i])
@@ -225,19 +281,16 @@ class _Sweep(torch.autograd.Function):
                 p, q = share(plan.line, cos, tau, others[:, None], norm, row, *scratch)
                 if du is not None:
                     du.addmm_(p, block)
-                if dweight is not None:
-                    out = dweight[classes] if weight.dtype == dtype else torch.empty_like(block)
+                if wants_weight:
+                    out = dweight[classes] if spare is None else spare[: len(block)]
                     torch.mul(block, (-q * norm)[:, None], out=out).addmm_(p.T, row_u)
-                    if weight.dtype != dtype:
+                    out.index_add_(0, targets[1], dw_y[here])
+                    if plan.update:
+                        plan.update(classes, out)
+                    elif spare is not None:
                         dweight[classes] = out
-        # the targets' own G_iy, whose B terms need no product
-        own, y = plan.own, plan.y
-        grad, norm = grad_cos_y[own, None], inverse[y, None]
-        v = norm * weight[y].to(dtype)
-        if dweight is not None:
-            dweight.index_add_(0, y, (grad * norm * (u[own] - cos_y[own, None] * v)).to(weight.dtype))
         if du is not None:
-            du = plan.reduce(du.mul_(row[:, None]).index_add_(0, own, grad * v), "sum")
+            du = plan.reduce(du.mul_(row[:, None]).index_add_(0, own, grad * v_y), "sum")
         return du, dweight, None
 
 
@@ -250,7 +303,11 @@ def _exponents(line: _Line, cos: Tensor, tau: Tensor, shift: Tensor, lift: float
     torch.add(-shift, cos, alpha=line.s, out=out)
     if line.jump or line.bend:
         torch.gt(cos, tau, out=marks)  # Eq. 5
-        out.addcmul_(marks, torch.mul(cos, line.bend, out=extra).add_(line.jump + lift))
+        jump = line.jump + lift
+        if line.bend:  # not addcmul's value=bend: torch 2.13 compiles the first t of a warm-up into it
+            out.addcmul_(marks, torch.mul(cos, line.bend, out=extra).add_(jump))
+        else:
+            out.add_(marks, alpha=jump)
     return out
 
 
@@ -258,9 +315,11 @@ def _weigh(
     line: _Line, cos: Tensor, tau: Tensor, top: Tensor, total: Tensor, *scratch: Tensor
 ) -> tuple[Tensor, Tensor]:
     """top and total (B, 1) after one more chunk."""
-    most = cos.amax(1, keepdim=True)  # z grows with c
-    small = (torch.empty_like(most) for _ in scratch)
-    higher = torch.maximum(top, _exponents(line, most, tau, torch.zeros_like(top), 0.0, *small))
+    higher = top
+    if line.constant is None:
+        most = cos.amax(1, keepdim=True)  # z grows with c
+        small = (torch.empty_like(most) for _ in scratch)
+        higher = torch.maximum(top, _exponents(line, most, tau, torch.zeros_like(top), 0.0, *small))
     terms = _exponents(line, cos, tau, higher, 0.0, *scratch).exp_()
     return higher, total * (top - higher).exp() + terms.sum(1, keepdim=True)
 

@@ -26,10 +26,17 @@ names for the first four ("Mis-classified Vector Guided Softmax Loss for Face Re
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from mvrepro.fused import SGD, Rule
+
+BACKENDS = ("dense", "fused", "auto")
+KEEP = ("none", "float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def mine(g: str | None, losses: Tensor, gamma: float, hard_ratio: float) -> Tens
 def normalise(x: Tensor) -> Tensor:
     """Rows of x (N, D) at length 1. A row whose squared length rounds to 0 becomes 0 and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return torch.where(norm == 0, 0, x / torch.where(norm == 0, 1, norm))
+    return x / torch.where(norm == 0, math.inf, norm)
 
 
 class MarginHead(nn.Module):
@@ -164,8 +171,11 @@ class MarginHead(nn.Module):
                    the state dict
     annealing      A-Softmax only: f = (λ cosθ + f)/(1 + λ), λ = max(5, 1000 (1 + 1e-4 step)^−2), as
                    in the authors' code
-    backend        "dense": the (B, K) logits in plain torch; "auto" picks a backend ("dense" is the
-                   only one so far)
+    backend        "dense": the (B, K) logits in plain torch; "fused": mvrepro.fused, which sweeps over the
+                   classes and never has them; "auto": dense where the logits are small (1 MiB), else
+                   fused. All give the same loss and gradients; repr says which the last call used
+    keep           what "fused" keeps of the cosines for the backward pass: "none", "float32", "float16"
+                   (see mvrepro.fused), or None: what fits into the memory that is free
     check          look for labels out of range and for NaN in every batch, with one clear error; on
                    a GPU that waits for the device, so long runs may turn it off
 
@@ -176,6 +186,7 @@ class MarginHead(nn.Module):
 
     weight: nn.Parameter
     step: Tensor
+    momentum: Tensor | None
 
     def __init__(
         self,
@@ -193,6 +204,7 @@ class MarginHead(nn.Module):
         t_warmup: int = 0,
         annealing: bool = False,
         backend: str = "auto",
+        keep: str | None = None,
         check: bool = True,
     ) -> None:
         super().__init__()
@@ -215,9 +227,13 @@ class MarginHead(nn.Module):
             raise ValueError(f"s must be a number > 0, got {s}")
         if not 0 < hard_ratio <= 1:
             raise ValueError(f"hard_ratio must be in (0, 1], got {hard_ratio}")
-        if backend not in ("dense", "auto"):
-            raise ValueError(f"unknown backend {backend!r}; known are: dense, auto")
-        self.name, self.loss, self.backend = name, loss, "dense"
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; known are: {', '.join(BACKENDS)}")
+        if keep is not None and keep not in KEEP:
+            raise ValueError(f"unknown keep {keep!r}; known are: {', '.join(KEEP)}")
+        self.name, self.loss, self.backend, self.keep = name, loss, backend, keep
+        self.picked = ""  # the backend of the last call
+        self.sgd: SGD | None = None  # the step that update_in_backward asks for
         self.embedding_dim, self.num_classes = embedding_dim, num_classes
         self.s, self.m, self.t, self.gamma, self.hard_ratio = s, m, t, gamma, hard_ratio
         self.easy_margin, self.stop_gradient, self.t_warmup = easy_margin, stop_gradient, t_warmup
@@ -225,18 +241,34 @@ class MarginHead(nn.Module):
         # Rows of about length 1: the step in the angle goes with 1/|w|², so the length matters.
         self.weight = nn.Parameter(torch.randn(num_classes, embedding_dim) / math.sqrt(embedding_dim))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("momentum", None)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """(B, D) floats and (B,) int64 labels -> the scalar loss."""
-        logits = self.logits(embeddings, labels)
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        losses = self.losses(embeddings, labels)
         if self.training and torch.is_grad_enabled():
             self.step = self.step + 1  # not in place: torch.compile recomputes from it in the backward pass
         return mine(self.loss.g, losses, self.gamma, self.hard_ratio)
 
+    def losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """L = −log p_y of every sample, (B,), by the backend."""
+        self._check_inputs(embeddings, labels)
+        backend, keep = self._pick(len(embeddings))
+        self.picked = backend if backend == "dense" else f"{backend}, keep={keep}"
+        if backend == "dense":
+            return F.cross_entropy(self._logits(embeddings, labels), labels, reduction="none")
+        from mvrepro.fused import fused_losses
+
+        update = self._update if self.sgd else None
+        losses: Tensor = fused_losses(embeddings, self.weight, labels, self._rule(), keep=keep, update=update)
+        return losses
+
     def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """(B, K): s times the cosines, after the margin at k = y and the emphasis at marked k."""
         self._check_inputs(embeddings, labels)
+        return self._logits(embeddings, labels)
+
+    def _logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         cos = self.cosines(embeddings)
         target = cos.gather(1, labels[:, None])
         f = self.margin(target)
@@ -267,6 +299,46 @@ class MarginHead(nn.Module):
             return self.t * (self.step / self.t_warmup).clamp(max=1).to(self.weight.dtype)
         return self.t
 
+    def update_in_backward(self, *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        """Let each backward pass take the weight's step of torch.optim.SGD, chunk by chunk: weight.grad stays
+        None, and the K × D gradient never exists.
+
+        The momentum is a buffer of the state dict: call this before load_state_dict. For a schedule, set
+        `head.sgd.lr`, or call this again. Since the step is taken at once, nothing can come between gradient
+        and step: no clipping by the norm over all parameters, no accumulation over several batches, no scaler
+        of losses. Raises ValueError for backend "dense" and for negative numbers.
+        """
+        from mvrepro.fused import SGD
+
+        if self.backend == "dense":
+            raise ValueError(
+                "only the fused head updates its weight in the backward pass, and this one has backend='dense'"
+            )
+        self.sgd = SGD(lr, momentum, weight_decay)
+        if momentum and self.momentum is None:
+            self.momentum = torch.zeros_like(self.weight)
+
+    def _update(self, classes: slice, grad: Tensor) -> None:
+        assert self.sgd is not None
+        momentum = None if self.momentum is None else self.momentum[classes]
+        self.sgd.step(self.weight[classes], momentum, grad)
+
+    def _pick(self, batch: int) -> tuple[str, str]:
+        """(backend, keep) for a batch of this size."""
+        if self.backend == "dense":
+            return "dense", "float32"
+        from mvrepro.fused import pick
+
+        backend, keep = pick(batch, self.weight)
+        forced = self.backend == "fused" or self.sgd is not None
+        return "fused" if forced else backend, self.keep or keep
+
+    def _rule(self) -> "Rule":
+        from mvrepro.fused import Rule
+
+        t = self.current_t()
+        return Rule(self.s, self.margin, self.loss.h, t, self.easy_margin, self.stop_gradient)
+
     def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
         d, k = self.embedding_dim, self.num_classes
         if embeddings.ndim != 2 or embeddings.shape[1] != d or not embeddings.is_floating_point():
@@ -290,4 +362,5 @@ class MarginHead(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"{self.name}, {self.embedding_dim} -> {self.num_classes}, s={self.s}, m={self.m}, t={self.t}"
+        sizes = f"{self.name}, {self.embedding_dim} -> {self.num_classes}, s={self.s}, m={self.m}, t={self.t}"
+        return f"{sizes}, backend={self.backend}" + (f" (last: {self.picked})" if self.picked else "")

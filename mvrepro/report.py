@@ -25,7 +25,7 @@ from mvrepro.files import RESULTS, ROOT, read_json, write_atomic, write_json
 from mvrepro.files import display as shown
 from mvrepro.values import leaves
 
-KINDS = ("exact", "training")
+KINDS = ("exact", "training", "measured")
 
 
 class Report:
@@ -65,7 +65,8 @@ class Report:
 
     def figure(self, figure: Figure, name: str, data: Mapping[str, Any], *, alt: str, kind: str) -> None:
         """Show a figure and save it as results/figures/<profile>/<name>.png, with the data behind it and
-        its hash in <name>.json. kind "exact": pure mathematics; "training": out of runs."""
+        its hash in <name>.json. kind "exact": pure mathematics; "training": out of runs; "measured": times
+        and memory of one machine."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=plots.DPI, metadata={"Software": None})
         plt.close(figure)

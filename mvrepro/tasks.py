@@ -63,11 +63,9 @@ def lfw(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], 
     """Trains on CelebA (people with 3 images at least) and CFP without LFW's people; tests on LFW: View 2,
     all pairs, BLUFR, identification against distractors. `dev_…` is measured on the CelebA people with
     two images, whom neither training nor a test uses: settings are chosen by it."""
-    test, other, celeba = faces.lfw(image_size), faces.cfp(image_size), faces.celeba(image_size)
-    clean, sizes = _remove(other, test, remove, seed)
-    dev = celeba.where(celeba.sizes() == 2)
+    test = faces.lfw(image_size)
+    train, dev, sizes = _beside(test, faces.cfp(image_size), image_size, remove, seed)
     pairs = faces.lfw_pairs(faces.folder("lfw") / "pairs.txt", test.names)
-    train = _join(celeba.where(celeba.sizes() >= 3), clean)
 
     def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
         ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
@@ -87,11 +85,9 @@ def lfw(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], 
 
 def cfp(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], remove: str) -> Task:
     """Trains on CelebA and LFW (people with 3 images at least) without CFP's people; tests on CFP-FF and CFP-FP."""
-    test, other, celeba = faces.cfp(image_size), faces.lfw(image_size), faces.celeba(image_size)
-    clean, sizes = _remove(other.where(other.sizes() >= 3), test, remove, seed)
-    dev = celeba.where(celeba.sizes() == 2)
+    test, other = faces.cfp(image_size), faces.lfw(image_size)
+    train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
     pairs = {kind: faces.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
-    train = _join(celeba.where(celeba.sizes() >= 3), clean)
 
     def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
         ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
@@ -115,6 +111,15 @@ def load(name: str, **settings: Any) -> Task:
     if name not in TASKS:
         raise UserError(f"unknown data {name!r}; known are: {', '.join(TASKS)}")
     return TASKS[name](**settings)
+
+
+def _beside(
+    test: faces.Faces, other: faces.Faces, image_size: int, remove: str, seed: int
+) -> tuple[faces.Faces, faces.Faces, dict[str, int]]:
+    """(train, dev, sizes): CelebA and the people of `other` who are not tested; CelebA people with two images."""
+    clean, sizes = _remove(other, test, remove, seed)
+    celeba = faces.celeba(image_size)
+    return _join(celeba.where(celeba.sizes() >= 3), clean), celeba.where(celeba.sizes() == 2), sizes
 
 
 def _remove(other: faces.Faces, test: faces.Faces, remove: str, seed: int) -> tuple[faces.Faces, dict[str, int]]:

@@ -34,8 +34,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvrepro import fused
-from mvrepro.fused import KEEP, Rule, fused_losses, pick
-from mvrepro.losses import mine
+from mvrepro.fused import KEEP, SGD, fused_losses, pick
+from mvrepro.losses import MarginHead, mine
 
 ODD = (6, 10, 4)  # B, K, D: chunks of 3 and 7 don't divide K
 MIDDLE = (64, 2000, 64)
@@ -48,15 +48,11 @@ every_keep = pytest.mark.parametrize("keep", KEEP)
 # ---------------------------------------------------------------- helpers
 
 
-def rule_of(head) -> Rule:
-    return Rule(head.s, head.margin, head.loss.h, head.current_t(), head.easy_margin)
-
-
 def sweep_of(head, **how):
     """The head's forward, (x, y) -> loss, by fused_losses."""
     how = {"chunk": 3, **how}
     return lambda x, y: mine(
-        head.loss.g, fused_losses(x, head.weight, y, rule_of(head), **how), head.gamma, head.hard_ratio
+        head.loss.g, fused_losses(x, head.weight, y, head._rule(), **how), head.gamma, head.hard_ratio
     )
 
 
@@ -145,7 +141,7 @@ def test_kept_cosines_give_the_bits_of_computed_ones(name, dtype):
 def test_gradients_agree_with_finite_differences(name, easy):
     (x, W, y), _ = safe_case(name, (5, 4, 3), 2e-4, (("s", 8.0), ("easy_margin", easy)))
     head = make_head(name, (x, W, y), s=8.0, easy_margin=easy).eval()
-    losses = lambda x, W: fused_losses(x, W, torch.tensor(y), rule_of(head), chunk=3)
+    losses = lambda x, W: fused_losses(x, W, torch.tensor(y), head._rule(), chunk=3)
     inputs = torch.tensor(x, requires_grad=True), torch.tensor(W, requires_grad=True)
     assert torch.autograd.gradcheck(losses, inputs)
 
@@ -155,6 +151,28 @@ def test_gradients_agree_with_finite_differences(name, easy):
 def test_gradients_are_orthogonal_to_what_is_normalised(name, seed, shape, s, t, easy):
     data = draw(shape, seed)
     assert_orthogonal(name, data, sweep(name, data, s=s, t=t, easy_margin=easy), s)
+
+
+@every_loss
+def test_every_combination_of_options(name):
+    """A head with backend "fused" against a dense one: every option with every other, in every precision."""
+    warmups = [0, 4] if name in EMPHASISED else [0]
+    stopped = [False, True] if TABLE[name][1] == "adaptive" else [False]
+    annealed = [False, True] if name == "A-Softmax" else [False]
+    for easy, t_warmup, stop, annealing in itertools.product([False, True], warmups, stopped, annealed):
+        data, _ = safe_case(name, ODD, 1e-4, (("easy_margin", easy),))
+        options = {"easy_margin": easy, "t_warmup": t_warmup, "stop_gradient": stop, "annealing": annealing}
+
+        def found(backend, dtype, data=data, options=options, **how):
+            head = make_head(name, data, dtype, backend=backend, **options)
+            head.step.fill_(2)  # half of the warm-up
+            return run(head, data[0], data[2], **how)
+
+        exact = found("dense", torch.float64)
+        assert_close(found("fused", torch.float64), exact, 1e-10, options)
+        single = found("fused", torch.float32)
+        assert_close(single, exact, 1e-5, options)
+        assert_same(found("fused", torch.float32, autocast=True), single)
 
 
 # ---------------------------------------------------------------- odd batches
@@ -309,15 +327,31 @@ def test_under_compile(name):
         assert_same(run(head, data[0], data[2], compiled), run(head, data[0], data[2], sweep_of(head)))
 
 
+@pytest.mark.parametrize("options", [{}, {"easy_margin": True}, {"t_warmup": 100_000}], ids=str)
+def test_a_compiled_head_is_eager(options):
+    """The sweep itself stays as it is: a graph break, so without fullgraph."""
+    data = draw(SMALL, seed=2)
+    eager, twin = (make_head("MV-AM-Softmax-a", data, s=4.0, backend="fused", **options) for _ in range(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, backend="aot_eager")
+    for head in (eager, twin):
+        head.step.fill_(50_000)
+    for _ in range(3):
+        expected = run(eager, data[0], data[2])
+        torch.testing.assert_close(run(twin, data[0], data[2], compiled), expected, rtol=1e-10, atol=1e-12)
+    assert eager.step == twin.step == 50_003
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_compiled_chunks(monkeypatch):
     """What CUDA does: the elementwise work of a chunk goes through inductor. t changes as in a warm-up."""
     data = draw(ODD, seed=2)
-    for t in (0.0, 0.1, 0.2, 0.3):
-        expected = sweep("MV-AM-Softmax-a", data, t=t)
-        with monkeypatch.context() as patch:
-            patch.setattr(fused, "COMPILED", {"cpu"})
-            assert_close(sweep("MV-AM-Softmax-a", data, t=t), expected, 1e-12)
+    for name, s in itertools.product(["MV-AM-Softmax-a", "MV-AM-Softmax-f"], [32.0, 48.0, 128.0]):
+        for t in (0.0, 0.1, 0.2, 0.3):
+            expected = sweep(name, data, s=s, t=t)
+            with monkeypatch.context() as patch:
+                patch.setattr(fused, "COMPILED", {"cpu"})
+                assert_close(sweep(name, data, s=s, t=t), expected, 1e-12, (name, s, t))
 
 
 # ---------------------------------------------------------------- what autograd asks
@@ -358,7 +392,7 @@ def test_losses_are_per_sample():
     data = draw(ODD)
     head = make_head("MV-AM-Softmax-a", data)
     x, y = torch.tensor(data[0]), torch.tensor(data[2])
-    losses = fused_losses(x, head.weight, y, rule_of(head), chunk=3)
+    losses = fused_losses(x, head.weight, y, head._rule(), chunk=3)
     expected = torch.nn.functional.cross_entropy(head.logits(x, y), y, reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
     grads = [torch.autograd.grad(some[2], head.weight)[0] for some in (losses, expected)]
@@ -403,6 +437,67 @@ def test_memory(name, keep):
     assert sum(size >= 4 * B * K for size, _ in storages.made) > 5
 
 
+# ---------------------------------------------------------------- the step of the weight in the backward sweep
+
+
+@pytest.mark.parametrize("settings", [(0.1, 0.0, 0.0), (0.1, 0.9, 0.0), (0.05, 0.9, 0.01)], ids=str)
+@pytest.mark.parametrize("name", ["MV-AM-Softmax-a", "HM-Arc-Softmax", "F-Softmax"])
+@both_dtypes
+def test_update_in_backward_is_sgd(name, settings, dtype, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK_BYTES", {"cpu": 128})  # several chunks
+    options = dict(zip(("lr", "momentum", "weight_decay"), settings, strict=True))
+    data = draw(ODD)
+    head, plain = (make_head(name, data, dtype, backend="fused") for _ in range(2))
+    head.update_in_backward(**options)
+    sgd = torch.optim.SGD(plain.parameters(), **options)
+    for step in range(6):
+        x, _, y = draw(ODD, seed=step)
+        if step == 4:  # the schedule
+            head.sgd.lr = sgd.param_groups[0]["lr"] = 0.01
+        loss, dx, dW = run(head, x, y)
+        expected = run(plain, x, y)
+        sgd.step()
+        assert dW is None
+        assert_close((loss, dx, head.weight.detach()), (*expected[:2], plain.weight.detach()), 1e-6)
+    assert ("momentum" in head.state_dict()) == (options["momentum"] > 0)
+
+
+def test_update_in_backward_leaves_no_gradient_in_memory():
+    B, K, D = 16, 5000, 24
+    data = draw((B, K, D))
+    head = make_head("MV-AM-Softmax-a", data, torch.float32, backend="fused", keep="none")
+    head.update_in_backward(lr=0.1, momentum=0.9)
+    x, y = torch.tensor(data[0], dtype=torch.float32, requires_grad=True), torch.tensor(data[2])
+    with pytest.MonkeyPatch.context() as patch, Storages(x, head.weight, head.momentum, y) as storages:
+        patch.setattr(fused, "CHUNK_BYTES", {"cpu": 4 * B * 100})
+        head(x, y).backward()
+    assert max(size for size, _ in storages.made) < 4 * K * D / 10
+    assert head.weight.grad is None
+
+
+def test_update_in_backward_survives_a_checkpoint_and_refuses_what_it_cannot():
+    data = draw(ODD)
+    head, fresh = (make_head("AM-Softmax", data, backend="auto") for _ in range(2))
+    for h in (head, fresh):
+        h.update_in_backward(lr=0.1, momentum=0.9)
+    run(head, data[0], data[2])
+    assert "fused" in repr(head)  # auto, for this shape dense, has no choice here
+    fresh.load_state_dict(head.state_dict())
+    for h in (head, fresh):
+        run(h, data[0], data[2])
+    assert torch.equal(head.weight, fresh.weight)
+
+    loss = head(torch.tensor(data[0]), torch.tensor(data[2]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # of the old weight, which is no more
+    with pytest.raises(ValueError, match="backend='dense'"):
+        make_head("AM-Softmax", data).update_in_backward(lr=0.1)
+    for name in ("lr", "momentum", "weight_decay"):
+        with pytest.raises(ValueError, match=f"{name} must be a number >= 0, got -1"):
+            SGD(**{"lr": 0.1, name: -1.0})
+
+
 # ---------------------------------------------------------------- classes over ranks, errors, "auto"
 
 
@@ -426,7 +521,7 @@ def test_classes_over_ranks(name, keep):
         part = torch.tensor(W[edges[r] : edges[r + 1]], requires_grad=True)
         u = torch.tensor(x, requires_grad=True)
         how = {"keep": keep, "chunk": 2, "first": edges[r], "reduce": reduce}
-        losses = fused_losses(u, part, torch.tensor(data[2]), rule_of(head), **how)
+        losses = fused_losses(u, part, torch.tensor(data[2]), head._rule(), **how)
         loss = mine(head.loss.g, losses, head.gamma, head.hard_ratio)
         loss.backward()
         results[r] = loss.detach(), u.grad, part.grad
@@ -462,6 +557,30 @@ def test_pick(monkeypatch):
     assert pick(128, weight(1_000_000)) == ("fused", "none")
 
 
+def test_auto_says_what_it_picked(monkeypatch):
+    head = MarginHead("AM-Softmax", 4, 1000)
+    x, y = torch.randn(8, 4), torch.arange(8)
+    assert repr(head).endswith("backend=auto)")
+    head(x, y)
+    assert repr(head).endswith("backend=auto (last: dense))")
+    monkeypatch.setattr(fused, "CHUNK_BYTES", {"cpu": 2**10})
+    monkeypatch.setattr(fused, "free_memory", lambda device: 2**30)
+    head(x, y)
+    assert repr(head).endswith("backend=auto (last: fused, keep=float32))")
+    monkeypatch.setattr(fused, "free_memory", lambda device: 0)
+    head(x, y)
+    assert head.picked == "fused, keep=none"
+    head.keep = "float16"
+    head(x, y)
+    assert head.picked == "fused, keep=float16"
+
+
+def test_auto_is_dense_for_the_shapes_of_the_profiles():
+    """Their committed results are the dense head's, bit for bit."""
+    for batch, classes in [(40, 20), (64, 10), (64, 1723), (128, 2000)]:
+        assert pick(batch, torch.empty(classes, 1))[0] == "dense"
+
+
 def test_free_memory():
     free = fused.free_memory(torch.device("cpu"))
     assert isinstance(free, int) and 0 <= free < 2**50
@@ -473,7 +592,7 @@ def test_a_functional_weight():
     head = make_head("MV-AM-Softmax-a", data)
     x, y = torch.tensor(data[0]), torch.tensor(data[2])
     wide = torch.cat([head.weight.detach(), torch.ones(10, 2)], 1).requires_grad_()
-    loss = fused_losses(x, wide[:, :4] * 2, y, rule_of(head), chunk=3).mean()
+    loss = fused_losses(x, wide[:, :4] * 2, y, head._rule(), chunk=3).mean()
     loss.backward()
     expected = functional_call(head, {"weight": head.weight}, (x, y))
     expected.backward()

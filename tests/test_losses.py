@@ -15,6 +15,7 @@ from oracle import Answer, oracle
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from mvrepro import fused
 from mvrepro.losses import DEFAULT_MARGIN, LOSSES, MarginHead, combined_margin, indicator, normalise, sine
 
 # The table of the design, once more: name -> (f, h, g).
@@ -46,7 +47,27 @@ TINY, SMALL, LARGE = (1, 2, 2), (7, 5, 3), (64, 300, 32)  # B, K, D
 MARGINS = {"cos": [0.0], "A": [1.0, 1.5, 2.0, 3.0, 4.0], "AM": [0.1, 0.35, 0.6], "Arc": [0.1, 0.5, 1.0]}
 
 every_loss = pytest.mark.parametrize("name", NAMES)
+once = pytest.mark.once  # a test that is not about a backend, or about the dense one; the others run on both
 quick_hypothesis = settings(max_examples=250, deadline=None, derandomize=True)
+
+
+HOW = {"backend": "dense"}  # what make_head gives a head unless a test says otherwise
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.get_closest_marker("once") is None:
+        metafunc.parametrize("backend", ["dense", "fused"], indirect=True, scope="module")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def backend(request):
+    """Fused in chunks of a few classes, so that they don't divide K."""
+    HOW["backend"] = getattr(request, "param", "dense")
+    with pytest.MonkeyPatch.context() as patch:
+        if HOW["backend"] == "fused":
+            patch.setattr(fused, "CHUNK_BYTES", {"cpu": 128})
+        yield
+    HOW["backend"] = "dense"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,7 +115,7 @@ def safe_case(name, shape, gap, options=()):
 
 def make_head(name, data, dtype=torch.float64, **options) -> MarginHead:
     W = torch.tensor(data[1], dtype=dtype)
-    head = MarginHead(name, W.shape[1], W.shape[0], **{"backend": "dense", **options}).to(dtype)
+    head = MarginHead(name, W.shape[1], W.shape[0], **{**HOW, **options}).to(dtype)
     with torch.no_grad():
         head.weight.copy_(W)
     return head
@@ -151,6 +172,7 @@ def relevant_options(name):
 # ---------------------------------------------------------------- the table and the oracle
 
 
+@once
 def test_losses_has_the_17_names_with_their_rows():
     assert len(LOSSES) == 17
     assert {name: (row.f, row.h, row.g) for name, row in LOSSES.items()} == TABLE
@@ -176,6 +198,7 @@ def test_a_large_batch_agrees_with_the_oracle(name, easy):
         assert_agree(library(name, data, dtype, easy_margin=easy), data, answer, 32, dtype)
 
 
+@once
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["float64", "float32"]
 )
@@ -303,6 +326,7 @@ def test_an_embedding_parallel_to_its_own_weight(name, dim, side, bf16):
     assert np.abs(losses - answer.losses)[clear].max() <= 1e-3 * 32
 
 
+@once
 def test_the_sine_has_a_finite_slope_and_the_right_value():
     for dtype in (torch.float32, torch.float64):
         edge = 1 - torch.arange(20, dtype=dtype) * torch.finfo(dtype).eps / 2
@@ -330,7 +354,7 @@ def test_embeddings_of_any_length(size):
 
 def test_lengths_beyond_the_dtype():
     """|x|² = inf is refused; |x|² = 0 counts as a row of zeros, as the docstring says."""
-    head = MarginHead("AM-Softmax", 6, 5)
+    head = MarginHead("AM-Softmax", 6, 5, **HOW)
     y = torch.zeros(2, dtype=torch.int64)
     assert "beyond torch.float32 in 2 of 2" in error_of(lambda: head(torch.full((2, 6), 1e25), y))
     x = torch.full((2, 6), 1e-25, requires_grad=True)
@@ -420,6 +444,7 @@ def test_sv_is_mv_adaptive(kind):
         assert_same(library(f"SV-{kind}-Softmax", data, t=t), library(f"MV-{kind}-Softmax-a", data, t=t))
 
 
+@once
 @pytest.mark.parametrize("name", ["SV-Softmax", "SV-AM-Softmax", "SV-Arc-Softmax"])
 def test_sv_is_the_first_papers_formula(name):
     """h = e^{s (t_SV − 1)(cosθ_k + 1) I_k} with t_SV = 1 + t."""
@@ -434,6 +459,7 @@ def test_sv_is_the_first_papers_formula(name):
     assert (f < cos)[others].any()
 
 
+@once
 @pytest.mark.parametrize("kind", ["f", "a"])
 def test_effective_margin_of_a_marked_class(kind):
     """AM: a marked class must be beaten by m + t (fixed) or m + t + t cosθ_k (adaptive), others by m."""
@@ -454,6 +480,7 @@ def test_effective_margin_of_a_marked_class(kind):
     torch.testing.assert_close(effective[unmarked], torch.full_like(effective[unmarked], m))
 
 
+@once
 @pytest.mark.parametrize("name", EMPHASISED)
 def test_no_gradient_through_the_indicator(name):
     """A wrong class's logit depends on θ_y through I_k alone, so its gradient with respect to w_y is 0."""
@@ -467,6 +494,7 @@ def test_no_gradient_through_the_indicator(name):
         assert torch.equal(dW[y[i]], torch.zeros(3, dtype=torch.float64))
 
 
+@once
 @pytest.mark.parametrize("name", EMPHASISED)
 def test_the_indicator_at_the_label_does_not_matter(name):
     data = draw(SMALL, seed=2)
@@ -483,6 +511,7 @@ def test_the_indicator_at_the_label_does_not_matter(name):
     assert_same(*grads)
 
 
+@once
 def test_the_indicator_is_strict():
     f = torch.tensor([[0.5]])
     assert indicator(f, torch.tensor([[0.4, 0.5, 0.6]])).tolist() == [[False, False, True]]
@@ -505,6 +534,7 @@ def test_no_margin_is_the_plain_loss(name, m, plain):
     torch.testing.assert_close(library(name, data, m=m), library(plain, data), rtol=1e-12, atol=1e-12)
 
 
+@once
 def test_combined_margin():
     theta = torch.linspace(0.01, math.pi - 0.01, 500, dtype=torch.float64)
     close = {"rtol": 0, "atol": 1e-12}
@@ -585,6 +615,7 @@ def test_only_a_softmax_is_annealed(name):
     assert_same(library(name, data, annealing=True), library(name, data))
 
 
+@once
 @pytest.mark.parametrize("name", ["MV-AM-Softmax-a", "MV-Arc-Softmax-a", "SV-Softmax"])
 def test_a_stopped_gradient_leaves_the_loss_and_takes_1_plus_t_from_the_marked_push(name):
     torch.manual_seed(0)
@@ -597,7 +628,7 @@ def test_a_stopped_gradient_leaves_the_loss_and_takes_1_plus_t_from_the_marked_p
         head.cosines = lambda _, cos=cos: cos
         head(x, y).backward()
         grads.append(cos.grad)
-    torch.testing.assert_close(plain.logits(x, y), stopped.logits(x, y))
+    torch.testing.assert_close(plain.logits(x, y), stopped.logits(x, y), rtol=1e-13, atol=0)
     target = cos.gather(1, y[:, None])
     marked = (cos > plain.margin(target)).scatter(1, y[:, None], False)
     assert marked.any() and not marked.all()
@@ -644,7 +675,7 @@ def test_the_step_survives_a_checkpoint(name, options):
     file = io.BytesIO()
     torch.save(head.state_dict(), file)
     file.seek(0)
-    fresh = MarginHead(name, 3, 5, **options).double()
+    fresh = MarginHead(name, 3, 5, **HOW, **options).double()
     before = run(make_head(name, data, **options), data[0], data[2])
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert fresh.step == head.step == 30
@@ -656,6 +687,7 @@ def test_the_step_survives_a_checkpoint(name, options):
 # ---------------------------------------------------------------- options, compile, errors
 
 
+@once
 def test_defaults():
     data = draw(SMALL)
     for name, (f, _, _) in TABLE.items():
@@ -682,6 +714,7 @@ def test_an_option_matters_to_the_losses_that_use_it(option, users):
         assert same != (name in users), name
 
 
+@once
 def test_easy_margin_keeps_the_indicator_at_f():
     """The target at cosθ_y <= 0 loses its margin, the marked classes stay those of f(m, θ_y)."""
     data = draw((40, 5, 3), seed=2)
@@ -703,6 +736,7 @@ def test_a_float64_head_takes_float32_embeddings():
     assert torch.equal(mixed[0], run(head, data[0], data[2])[0])
 
 
+@once
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -740,10 +774,12 @@ def error_of(function) -> str:
 NAN, INF = math.nan, math.inf
 
 
+@once
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("AM-Softmax", {"backend": "cuda"}, ["unknown backend 'cuda'", "dense", "auto"]),
+        ("AM-Softmax", {"backend": "cuda"}, ["unknown backend 'cuda'", "dense, fused, auto"]),
+        ("AM-Softmax", {"keep": "half"}, ["unknown keep 'half'", "none, float32, float16"]),
         ("MV-AM-Softmax-a", {"t": -0.1}, ["t of MV-AM-Softmax-a", ">= 0", "-0.1"]),
         ("MV-AM-Softmax-a", {"t": NAN}, ["t of", "nan"]),
         ("MV-AM-Softmax-a", {"t": INF}, ["t of", "inf"]),
@@ -771,6 +807,7 @@ def test_errors_of_the_arguments(name, options, parts):
     assert all(part in message for part in parts), message
 
 
+@once
 @pytest.mark.parametrize("name", ["AM", "mv-am-softmax-a", "ArcFace", ""])
 def test_an_unknown_loss_lists_the_known_ones(name):
     message = error_of(lambda: MarginHead(name, 4, 3))
@@ -807,7 +844,7 @@ def with_value(row, value):
 )
 @pytest.mark.parametrize("name", ["HM-Softmax", "MV-Arc-Softmax-a"])
 def test_errors_of_the_batch(name, x, y, parts):
-    head = MarginHead(name, 6, 5)
+    head = MarginHead(name, 6, 5, **HOW)
     for call in (head, head.logits):
         message = error_of(lambda call=call: call(x, y))
         assert all(part in message for part in parts), message
@@ -815,7 +852,7 @@ def test_errors_of_the_batch(name, x, y, parts):
 
 
 def test_check_can_be_turned_off():
-    head = MarginHead("Softmax", 6, 5, check=False)
+    head = MarginHead("Softmax", 6, 5, check=False, **HOW)
     y = torch.zeros(4, dtype=torch.int64)
     head(with_value(2, NAN), y)
     assert "labels" in error_of(lambda: head(torch.ones(4, 6), y[:3]))
@@ -824,7 +861,7 @@ def test_check_can_be_turned_off():
 @pytest.mark.parametrize("where", ["embeddings", "weight"])
 def test_nan_that_nobody_checks_reaches_the_loss(where):
     """A training that has diverged must not report a finite loss."""
-    head = MarginHead("Softmax", 6, 5, check=False)
+    head = MarginHead("Softmax", 6, 5, check=False, **HOW)
     x, y = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)
     with torch.no_grad():
         (x if where == "embeddings" else head.weight)[0, 2] = NAN

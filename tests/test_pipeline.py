@@ -153,7 +153,8 @@ def test_a_profile_computes_nothing_of_another(pipeline):
     """The claims rest on all profiles, but `make reproduce` on quick must not train for hours on faces."""
     for profile, other in (("quick", "faces-"), ("faces", "quick-")):
         names = [stage.name for stage in pipeline.select(profile)]
-        assert "claims" in names and not [name for name in names if name.startswith(other)]
+        assert "claims" in names and not [name for name in names if name.startswith((other, "bench-"))]
+    assert [stage.name for stage in pipeline.select("bench")] == ["bench-head", "claims"]
 
 
 def test_environment_yml_and_lock_agree():

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, TEMPORARY, write_atomic
+from mvrepro.errors import UserError
+from mvrepro.files import LOCAL, atomic_file, write_atomic
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -220,25 +219,9 @@ def _load(path: Path) -> NDArray[Any] | None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes its place only when all went well: write_atomic for what is too
-    large to hold. Raises UserError where something is there already, and for a full disk and the like."""
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """files.atomic_file where nothing is yet. Raises UserError where something is."""
     if path.exists():
         raise UserError(f"{path} is there already: remove it or choose another place")
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-        if isinstance(error, OSError):
-            raise explain_os_error(error, f"write {path}") from None
-        raise
+    with atomic_file(path) as file:
+        yield file

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
-from mvrepro.formats.common import Reader, Source, atomic_file, kept_array, read_classes, write_classes
+from mvrepro.formats.common import Reader, Source, kept_array, new_file, read_classes, write_classes
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 FRAME, HEADER = struct.Struct("<4sI"), struct.Struct("<IfQQ")
@@ -158,7 +158,7 @@ def write_rec(path: Path, source: Source) -> None:
     if index.exists():
         raise UserError(f"{index} is there already: remove it or choose another place")
     lines = []
-    with atomic_file(path) as file:
+    with new_file(path) as file:
         for key, i in enumerate(tqdm(order.tolist(), f"writing {path.name}", leave=False, disable=None), 1):
             content, label = source[i]
             lines.append(f"{key}\t{file.tell()}\n")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError
-from mvrepro.formats.common import SUFFIXES, Reader, Source, atomic_file, kept_array, read_classes, write_classes
+from mvrepro.formats.common import SUFFIXES, Reader, Source, kept_array, new_file, read_classes, write_classes
 from mvrepro.formats.folders import suffix
 
 
@@ -89,7 +89,7 @@ def write_tars(root: Path, source: Source, shard_size: int = 10_000) -> None:
     """root/000000.tar, 000001.tar, … of shard_size images each, in the order of `source`; the names of
     classes, where it has them, go to root/classes.txt."""
     for shard, first in enumerate(range(0, len(source), shard_size)):
-        with atomic_file(root / f"{shard:06d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
+        with new_file(root / f"{shard:06d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
             these = range(first, min(first + shard_size, len(source)))
             for i in tqdm(these, f"writing {shard:06d}.tar", leave=False, disable=None):
                 content, label = source[i]

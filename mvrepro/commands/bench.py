@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         "example:\n  python -m mvrepro bench head --batch 128 --classes 86876 --dim 512\n"
-        "takes about a minute a shape on two idle cores; the ten shapes of the committed file about 15 minutes and 6 GB."
+        "takes about a minute a shape on two idle cores; the ten shapes of the committed file 15 minutes and 6 GB."
     )
     parser.add_argument("what", choices=["head"], help="what to measure")
     parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="with --classes: every B with every K")

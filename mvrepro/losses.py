@@ -273,8 +273,8 @@ class MarginHead(nn.Module):
         target = cos.gather(1, labels[:, None])
         f = self.margin(target)
         if self.loss.h:
-            marked = emphasise(self.loss.h, cos, self.current_t(), stop_gradient=self.stop_gradient)
-            cos = torch.where(indicator(f, cos), marked, cos)
+            t, stop = self.current_t(), self.stop_gradient  # no name for the emphasised cosines: it would keep them
+            cos = torch.where(indicator(f, cos), emphasise(self.loss.h, cos, t, stop_gradient=stop), cos)
         if self.easy_margin:
             f = torch.where(target > 0, f, target)
         return self.s * cos.scatter(1, labels[:, None], f)

@@ -12,7 +12,7 @@ Rules:
     argmax    averaged over `losses` and the seeds that every t has, the best t lies in `range`: qualitatively (no test
               stands behind it), else not reproduced.
     untested  not tested, with the reason.
-A verdict holds for one profile.
+A verdict holds for one profile. A claim with `profiles` is judged on those alone: others have no notebook for it.
 """
 
 import math
@@ -80,13 +80,19 @@ def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) 
     claims = load()
     frame = _runs(profile, folder)
     column = metric(profile)[0]
-    differences = {c["id"]: _difference(c, column, frame) for c in claims if c["rule"] == "greater"}
+    greater = [c for c in claims if c["rule"] == "greater" and profile in _profiles(c, profile)]
+    differences = {c["id"]: _difference(c, column, frame) for c in greater}
     adjusted = _adjust(claims, differences)
     verdicts = []
     for claim in claims:
         if notebook is None or claim["notebook"] == notebook:
             verdicts.append(_judge(claim, profile, column, frame, differences, adjusted, folder))
     return verdicts
+
+
+def _profiles(claim: dict[str, Any], profile: str) -> list[str]:
+    """Those that the claim is judged on: all, so this one, too, unless it names them."""
+    return list(claim.get("profiles", [profile]))
 
 
 def _runs(profile: str, folder: Path) -> pd.DataFrame | None:
@@ -130,8 +136,12 @@ def _judge(
     adjusted: dict[str, float],
     folder: Path,
 ) -> Verdict:
-    rule, command, artifact = claim["rule"], f"make reproduce PROFILE={profile} NB={claim['notebook']}", ""
-    verdict, found, numbers = NOT_TESTED, claim.get("why", "the profile has no such runs"), {}
+    judged_on = _profiles(claim, profile)
+    here = profile in judged_on
+    rule, artifact = claim["rule"] if here else "untested", ""
+    command = f"make reproduce PROFILE={profile if here else judged_on[0]} NB={claim['notebook']}"
+    verdict, numbers = NOT_TESTED, {}
+    found = claim.get("why", "the profile has no such runs" if here else f"judged on {judged_on[0]}")
     if rule == "bound":
         name, key = claim["value"].split(":")
         artifact = f"results/values/{profile}/{name}.json"
@@ -168,7 +178,7 @@ def _judge(
         artifact = f"results/runs/{profile}"
         pairs = [_difference({"better": a, "worse": b}, column, frame) for a, b in claim["pairs"]]
         estimates = [e for e in pairs if e]
-        if profile in claim["profiles"] and len(estimates) == len(pairs):
+        if len(estimates) == len(pairs):
             ps = holm([e.p for e in estimates])
             verdict = QUALITATIVELY if min(ps) >= 0.05 else NOT_REPRODUCED
             gains = ", ".join(f"{100 * e.mean:+.2f}" for e in estimates)

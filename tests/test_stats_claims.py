@@ -1,6 +1,7 @@
 """mvrepro.stats, mvrepro.runs and mvrepro.claims: from made-up runs to the verdicts that follow from them."""
 
 import json
+import re
 from itertools import count
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy import stats as scipy_stats
 from mvrepro import claims, plots, published, report, runs
 from mvrepro.errors import UserError
 from mvrepro.losses import LOSSES
+from mvrepro.pipeline import Pipeline
 from mvrepro.stats import bootstrap_people, detectable_difference, holm, mean_interval, paired_difference
 
 METRIC = "tpr@fpr=0.01"
@@ -304,6 +306,23 @@ def test_unclear(add, judge, better, profiles, verdict):
     pairs = [["AM-Softmax", "Softmax"], ["Arc-Softmax", "Softmax"]]
     claim = {"id": "u", "rule": "unclear", "pairs": pairs, "profiles": profiles, "why": "because"}
     assert judge(claim)["u"].verdict == verdict
+
+
+def test_a_claim_is_judged_on_its_profiles_alone(add, judge):
+    add("Softmax", [0.5, 0.6, 0.7])
+    add("AM-Softmax", [0.60, 0.72, 0.77])
+    elsewhere = judge(greater() | {"profiles": ["another"]}, greater("h"))
+    assert (elsewhere["g"].verdict, elsewhere["g"].found) == (claims.NOT_TESTED, "judged on another")
+    assert "PROFILE=another " in elsewhere["g"].command
+    assert elsewhere["h"].numbers["adjusted_p"] == judge(greater())["g"].numbers["adjusted_p"]  # not of the family
+
+
+@pytest.mark.parametrize("profile", ["quick", "faces"])
+def test_the_command_of_every_claim_is_one_that_works(profile):
+    stages = Pipeline().stages
+    for verdict in claims.evaluate(profile):
+        named, notebook = re.fullmatch(r"make reproduce PROFILE=(\w+) NB=(\d\d)", verdict.command).groups()
+        assert f"{named}-{notebook}" in stages, verdict
 
 
 def test_every_profile_with_claims_has_a_metric():

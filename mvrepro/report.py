@@ -6,7 +6,6 @@ nothing is written: what would be written is compared with what is committed, an
 
 import ast
 import hashlib
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -64,13 +63,13 @@ class Report:
         self.table(claim_table(claims.evaluate(self.profile, self.notebook)))
 
     def figure(self, figure: Figure, name: str, data: Mapping[str, Any], *, alt: str, kind: str) -> None:
-        """Show a figure and save it as results/figures/<profile>/<name>.png, with the data behind it and
-        its hash in <name>.json. kind "exact": pure mathematics; "training": out of runs; "measured": times
-        and memory of one machine."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=plots.DPI, metadata={"Software": None})
+        """Show a figure and save it as results/figures/<profile>/<name>.png, and .pdf for print, with the data
+        behind it and the hash of the .png in <name>.json.
+
+        kind  "exact": pure mathematics; "training": out of runs; "measured": times and memory of one machine
+        """
+        png, pdf = plots.pictures(figure)
         plt.close(figure)
-        png = buffer.getvalue()
         record = {
             "kind": _known(kind),
             "alt": alt,
@@ -85,6 +84,7 @@ class Report:
                 raise UserError(f"{shown(folder / name)}.png is not the picture that {name}.json records")
         else:
             write_atomic(folder / f"{name}.png", png)
+            write_atomic(folder / f"{name}.pdf", pdf)
             write_json(folder / f"{name}.json", record)
         width = round(figure.get_figwidth() * 100)
         display(

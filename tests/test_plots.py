@@ -1,4 +1,4 @@
-"""The plots that the reports on faces share: curves with a band over seeds, and the axes of DET curves."""
+"""The plots that reports share: curves with a band over seeds, the axes of DET curves, and the files of a figure."""
 
 import matplotlib
 import numpy as np
@@ -45,3 +45,18 @@ def test_normal_deviates_are_symmetric_and_labelled_in_per_cent():
     # rates of 0 and 1 are drawn at the edge instead of raising
     assert np.isfinite(ax.transData.transform([[0.0, 1.0]])).all()
     plots.plt.close(fig)
+
+
+def test_equal_figures_are_equal_bytes_in_both_formats():
+    def draw():
+        plots.use_style()
+        fig, axes = plots.new_figure()
+        axes[0, 0].plot([0, 1], [1, 2], label=r"$\cos\theta_y$")
+        axes[0, 0].legend()
+        found = plots.pictures(fig)
+        plots.plt.close(fig)
+        return found
+
+    png, pdf = draw()
+    assert png.startswith(b"\x89PNG") and pdf.startswith(b"%PDF")
+    assert (png, pdf) == draw()

@@ -76,7 +76,10 @@ def execute(source: Path, profile: str, parameters: dict[str, Any] | None = None
             raise UserError(
                 f"a cell of {source.name} took longer than {CELL_TIMEOUT_S} s; nothing was written"
             ) from None
-        except DeadKernelError:
+        except RuntimeError as error:
+            # nbclient's, or jupyter_client's own where the kernel dies before its first cell
+            if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error):
+                raise
             raise UserError(
                 f"the kernel of {source.name} died (killed, or out of memory); nothing was written: run it again"
             ) from None

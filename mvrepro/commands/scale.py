@@ -74,11 +74,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from mvrepro.scale import loop, overhead, ranks
 
     here, out = ranks.start(config), arguments.out.absolute()
-    if arguments.overhead:
-        found = overhead.measure(config, here, out, arguments.overhead)
-        here.say(overhead.sentence(found))
-    else:
-        record = loop.train(config, out, here, resume=arguments.resume)
+    with ranks.explained(here):
+        if arguments.overhead:
+            here.say(overhead.sentence(overhead.measure(config, here, out, arguments.overhead)))
+        else:
+            record = loop.train(config, out, here, resume=arguments.resume)
+    if not arguments.overhead:
         tested = ", ".join(f"{name} {100 * value:.2f} %" for name, value in record["metrics"].items())
         here.say(f"loss {record['loss'] or float('nan'):.4f}{', ' + tested if tested else ''} -> {display(out)}")
     sys.stdout.flush()

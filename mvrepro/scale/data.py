@@ -7,7 +7,7 @@ an unbroken one sees there, however many processes read, and nothing about the d
 import hashlib
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,8 +87,8 @@ class Order(Sampler[tuple[int, NDArray[np.int64]]]):
         self.part, rest = divmod(config.batch_size, ranks * config.accumulate)
         if rest or self.part < 2:
             raise UserError(
-                f"batch_size {config.batch_size} over {ranks} ranks in {config.accumulate} parts: must be a multiple of "
-                f"{ranks * config.accumulate} with two images at least for each rank and part"
+                f"batch_size {config.batch_size} over {ranks} ranks in {config.accumulate} parts: must be a multiple "
+                f"of {ranks * config.accumulate}, with two images at least for each rank and part"
             )
         self.an_epoch = images // config.batch_size
         self.steps = config.steps or self.an_epoch * config.epochs
@@ -181,7 +181,7 @@ class Feed:
         return batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
 
 
-def _as_it_is(batch: Batch | str) -> Batch | str:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -35,6 +35,10 @@ class Logs:
                 break
         return lines
 
+    def last(self) -> dict[str, Any]:
+        """The last line about training; empty where there is none."""
+        return next((line for line in reversed(self._lines()) if "loss" in line), {})
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: "step", and the values by name."""
         try:

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from mvrepro import backbones, backbones_large, export
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import display, write_json
+from mvrepro.files import display, read_json, write_json
 from mvrepro.provenance import config_hash, provenance
 from mvrepro.scale.config import ScaleConfig, rate
 from mvrepro.scale.data import Feed, Order, TrainingSet, open_set
 from mvrepro.scale.logs import Logs
 from mvrepro.scale.network import Network
-from mvrepro.scale.ranks import Ranks, explained
+from mvrepro.scale.ranks import Ranks
 from mvrepro.scale.snapshots import Snapshots
 from mvrepro.scale.verify import open_pairs, verify
 
@@ -53,16 +53,20 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
     about |= {"classes": images.classes, "labels": images.labels, **config.decisive()}
     snapshots = Snapshots(out / "snapshots", about, config.keep_snapshots, ranks)
     first = _first(snapshots, network, ranks, resume=resume)
+    if first == order.steps and (out / "record.json").exists():
+        ranks.say("the run has all its steps already")
+        return dict(read_json(out / "record.json"))
     with ranks.together():
         logs = Logs(out, first, config.tensorboard) if ranks.rank == 0 else None
     ranks.say(
         f"{config.loss}, {config.backbone}: {len(images.images):,} images of {images.classes:,} classes, "
-        f"steps {first:,} … {order.steps:,} of {order.an_epoch:,} an epoch, on {ranks.count} ranks ({ranks.device.type})"
+        f"steps {first:,} … {order.steps:,}, {order.an_epoch:,} an epoch, on {ranks.count} ranks ({ranks.device.type})"
     )
     feed = Feed(config, images.images, order, ranks, first)
     pace = Pace(config, feed)
-    figures: dict[str, float] = {}
-    values: dict[str, float] = {}
+    # of a run that was stopped between its last snapshot and its record
+    figures = verify(network, sets) if first == order.steps else {}
+    values: dict[str, float] = logs.last() if logs else {}
     window: list[tuple[Tensor, Tensor | None]] = []  # of the steps since the last log step, still on the device
     bar = tqdm(
         total=order.steps, initial=first, desc=config.loss, unit="step", leave=False,
@@ -70,8 +74,7 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
     )  # fmt: skip
     for step in range(first, order.steps):
         lr = rate(config, step, order.steps, order.an_epoch)
-        with explained(ranks):
-            window.append(network.step(feed, step, lr))
+        window.append(network.step(feed, step, lr))
         done = step + 1
         last, snapshot = done == order.steps, done % config.snapshot_every == 0
         if last or snapshot or done % config.log_every == 0:
@@ -87,19 +90,17 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
             bar.set_postfix(loss=f"{values['loss']:.3f}", images_per_s=f"{values['images_per_s']:.0f}")
         bar.update()
         if sets and (last or done % config.verify_every == 0):
-            with explained(ranks):
-                figures = verify(network, sets)
+            figures = verify(network, sets)
             if logs:
                 logs.write(done, figures)
             bar.clear()
             ranks.say(f"step {done:,}: " + ", ".join(f"{n} {100 * v:.2f} %" for n, v in figures.items()))
             pace.restart()
         if last or snapshot:
-            with explained(ranks):
-                snapshots.write(done, network.common_state(), network.own_state())
+            snapshots.write(done, network.common_state(), network.own_state())
             pace.restart()
     bar.close()
-    bad = sum(ranks.gather(len(feed.bad)))
+    bad = len(set().union(*ranks.gather(feed.bad)))
     settings = asdict(config)
     record = {
         "config": settings,

@@ -1,6 +1,7 @@
 """Backbone, head, optimiser and one step of them, on one rank or many."""
 
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from mvrepro.scale.config import ScaleConfig
 from mvrepro.scale.data import Feed, normalised
 from mvrepro.scale.ranks import Ranks
 from mvrepro.sharded import ShardedHead
+
+# the argument's name from torch 2.13 on, and before
+SYNC_BUFFERS = "forward_sync_buffers"
+if SYNC_BUFFERS not in signature(DistributedDataParallel).parameters:
+    SYNC_BUFFERS = "broadcast_buffers"
 
 
 class Network:
@@ -53,14 +59,31 @@ class Network:
                 self.backbone,
                 device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # batch norms use them in tests only, and those take rank 0's
-                # Else buckets are made anew after the first step of a process: then three ranks or more add up in
-                # another order, and a run that goes on differs in its last bits from an unbroken one.
-                find_unused_parameters=config.deterministic and ranks.count > 2,
+                **{SYNC_BUFFERS: False},  # type: ignore[arg-type] # batch norms use them in tests alone: see verify
             )
         self.forward: Any = self.ddp or self.backbone
         if config.compile:
             self.forward = torch.compile(self.forward)
+        if self.ddp and config.deterministic:
+            self._settle()
+
+    def _settle(self) -> None:
+        """One pass that changes nothing. After the first one of a process DDP makes its buckets anew, in the order in
+        which gradients came; then three ranks or more add up in another order, and a run that goes on would differ in
+        its last bits from an unbroken one."""
+        drawn = [torch.get_rng_state()]
+        if self.ranks.device.type == "cuda":
+            drawn.append(torch.cuda.get_rng_state(self.ranks.device))
+        buffers = [buffer.clone() for buffer in self.backbone.buffers()]
+        side = self.config.image_size
+        self.backbone.train()
+        self.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=self.ranks.device)).sum().backward()
+        with torch.no_grad():
+            for buffer, before in zip(self.backbone.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        torch.set_rng_state(drawn[0])
+        for state in drawn[1:]:
+            torch.cuda.set_rng_state(state, self.ranks.device)
 
     def half(self) -> torch.autocast:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.bfloat16)

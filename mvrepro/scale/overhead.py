@@ -13,7 +13,7 @@ from mvrepro.provenance import provenance
 from mvrepro.scale.config import ScaleConfig, rate
 from mvrepro.scale.data import Feed, normalised
 from mvrepro.scale.loop import prepare
-from mvrepro.scale.ranks import Ranks, explained
+from mvrepro.scale.ranks import Ranks
 
 
 def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[str, Any]:
@@ -36,7 +36,10 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
     gradient = torch.randn(order.part, config.embedding_dim, device=ranks.device)
     forward = torch.compile(network.backbone) if config.compile else network.backbone
 
-    def bare() -> None:
+    def whole(number: int) -> None:
+        network.step(feed, number, rate(config, number, order.steps, order.an_epoch))
+
+    def bare(_: int) -> None:
         network.sgd.zero_grad()
         for _ in range(parts):
             with network.half():
@@ -45,14 +48,9 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
 
     found: dict[str, list[float]] = {"loop": [], "bare": [], "waiting": []}
     for number in range(rounds + 2):
-        places = range(number * steps, (number + 1) * steps)
         waited = feed.waited
-        with explained(ranks):
-            loop = _seconds(
-                lambda at=places: [network.step(feed, n, rate(config, n, order.steps, order.an_epoch)) for n in at],
-                ranks,
-            )
-            alone = _seconds(lambda: [bare() for _ in range(steps)], ranks)
+        loop = _seconds(whole, range(number * steps, (number + 1) * steps), ranks)
+        alone = _seconds(bare, range(steps), ranks)
         if number >= 2:
             found["loop"].append(loop / steps)
             found["bare"].append(alone / steps)
@@ -82,17 +80,18 @@ def sentence(record: dict[str, Any]) -> str:
     """What was measured, for people."""
     low, high = record["ratio_quartiles"]
     return (
-        f"{record['loop_images_per_s']:.1f} images/s in the loop, {record['bare_images_per_s']:.1f} in the bare passes: "
-        f"the loop runs at {100 * record['ratio']:.1f} % of their pace (quartiles {100 * low:.1f} … {100 * high:.1f}, "
+        f"{record['loop_images_per_s']:.1f} images/s in the loop, {record['bare_images_per_s']:.1f} in bare passes; "
+        f"it runs at {100 * record['ratio']:.1f} % of their pace (quartiles {100 * low:.1f} … {100 * high:.1f}, "
         f"{record['rounds']} rounds); {100 * record['waiting']:.1f} % of its time it waited for data"
     )
 
 
-def _seconds(work: Callable[[], Any], ranks: Ranks) -> float:
+def _seconds(step: Callable[[int], None], numbers: range, ranks: Ranks) -> float:
     wait = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
-    work()
+    for number in numbers:
+        step(number)
     wait()
     return time.perf_counter() - started
 

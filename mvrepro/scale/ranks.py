@@ -78,7 +78,8 @@ def start(config: ScaleConfig) -> Ranks:
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            alone = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
         objects = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     except (RuntimeError, ValueError) as error:
         raise OwnFault(f"rank {rank} of {count} could not join the others: {str(error).splitlines()[0]}") from None
@@ -90,7 +91,7 @@ ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun sets 
 
 @contextmanager
 def explained(ranks: Ranks) -> Iterator[None]:
-    """What may go wrong within a step on one rank, as one message that says what to do."""
+    """What torch says where memory ends, a rank is gone, and the like, as one message that says what to do."""
     try:
         yield
     except ConnectionError as error:  # ShardedHead's word
@@ -105,8 +106,10 @@ def explained(ranks: Ranks) -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in text:
             raise UserError(
                 f"rank {ranks.rank} of {ranks.count} lost contact with the others: one of them died or stands still, "
-                f"and its own error says why ({text.splitlines()[0]})"
+                f"and its own error says why ({text.splitlines()[0].split('. ')[0]})"
             ) from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"--compile can't be had here: {text.splitlines()[0]}") from None
         if "deterministic" in text:
             raise UserError(f"--deterministic can't be had here: {text.splitlines()[0]}") from None
         raise

@@ -39,7 +39,7 @@ def verify(network: Network, sets: dict[str, Pairs]) -> dict[str, float]:
     ranks, config = network.ranks, network.config
     for buffer in network.backbone.buffers():  # rank 0's running statistics are those that are saved
         dist.broadcast(buffer, 0)
-    figures = {}
+    figures: dict[str, float] = {}
     for name, pairs in sets.items():
         mine = range(ranks.rank, len(pairs.images), ranks.count)
         with ranks.together():

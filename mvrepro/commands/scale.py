@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     check(config)
+    if arguments.overhead is not None and arguments.overhead < 1:
+        raise UserError(f"--overhead must be a number of rounds >= 1, got {arguments.overhead}")
     if config.deterministic:  # before torch starts
         os.environ.update(environment(config.threads))
     else:
@@ -75,11 +77,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     here, out = ranks.start(config), arguments.out.absolute()
     with ranks.explained(here):
-        if arguments.overhead:
+        if arguments.overhead is not None:
             here.say(overhead.sentence(overhead.measure(config, here, out, arguments.overhead)))
         else:
             record = loop.train(config, out, here, resume=arguments.resume)
-    if not arguments.overhead:
+    if arguments.overhead is None:
         tested = ", ".join(f"{name} {100 * value:.2f} %" for name, value in record["metrics"].items())
         here.say(f"loss {record['loss'] or float('nan'):.4f}{', ' + tested if tested else ''} -> {display(out)}")
     sys.stdout.flush()

@@ -3,6 +3,8 @@
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,15 +92,15 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
             bar.set_postfix(loss=f"{values['loss']:.3f}", images_per_s=f"{values['images_per_s']:.0f}")
         bar.update()
         if sets and (last or done % config.verify_every == 0):
-            figures = verify(network, sets)
+            with pace.apart("verify"):
+                figures = verify(network, sets)
             if logs:
                 logs.write(done, figures)
             bar.clear()
             ranks.say(f"step {done:,}: " + ", ".join(f"{n} {100 * v:.2f} %" for n, v in figures.items()))
-            pace.restart()
         if last or snapshot:
-            snapshots.write(done, network.common_state(), network.own_state())
-            pace.restart()
+            with pace.apart("snapshot"):
+                snapshots.write(done, network.common_state(), network.own_state())
     bar.close()
     bad = len(set().union(*ranks.gather(feed.bad)))
     settings = asdict(config)
@@ -171,10 +173,19 @@ class Pace:
     def __init__(self, config: ScaleConfig, feed: Feed) -> None:
         self.batch, self.feed = config.batch_size, feed
         self.found: list[dict[str, float]] = []
+        self.others: dict[str, list[float]] = {}
         self.restart()
 
     def restart(self) -> None:
         self.started, self.waited = time.perf_counter(), self.feed.waited
+
+    @contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """What is no training, and counts for itself."""
+        started = time.perf_counter()
+        yield
+        self.others.setdefault(f"{name}_s", []).append(time.perf_counter() - started)
+        self.restart()
 
     def since(self, steps: int) -> dict[str, float]:
         """Of the steps since the last call; the device must have done them."""
@@ -185,7 +196,8 @@ class Pace:
         return values
 
     def summary(self) -> dict[str, float | None]:
-        """Medians over the windows."""
+        """Medians over the windows, and of the seconds that a snapshot and a test took."""
         counted = self.found[1:]
         names = ("images_per_s", "waiting")
-        return {name: statistics.median(v[name] for v in counted) if counted else None for name in names}
+        pace = {name: statistics.median(v[name] for v in counted) if counted else None for name in names}
+        return pace | {name: statistics.median(took) for name, took in self.others.items()}

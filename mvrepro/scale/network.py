@@ -75,9 +75,10 @@ class Network:
         if self.ranks.device.type == "cuda":
             drawn.append(torch.cuda.get_rng_state(self.ranks.device))
         buffers = [buffer.clone() for buffer in self.backbone.buffers()]
-        side = self.config.image_size
+        part = self.config.batch_size // self.ranks.count // self.config.accumulate
+        shape = (part, 3, self.config.image_size, self.config.image_size)
         self.backbone.train()
-        self.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=self.ranks.device)).sum().backward()
+        self.embed(torch.zeros(shape, dtype=torch.uint8, device=self.ranks.device)).sum().backward()
         with torch.no_grad():
             for buffer, before in zip(self.backbone.buffers(), buffers, strict=True):
                 buffer.copy_(before)

@@ -36,7 +36,8 @@ class Snapshots:
 
     def steps(self) -> list[int]:
         """Those that are there, the newest first."""
-        return sorted((int(path.name[5:]) for path in self.folder.glob("step-*")), reverse=True)
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -196,6 +196,7 @@ def test_bad_input_is_one_readable_message(tmp_path, faces):
         ("--update-in-backward and --accumulate exclude", 1, ["--update-in-backward", "--accumulate", "2"], SET),
         ("--update-in-backward and --clip exclude", 1, ["--update-in-backward", "--clip", "1"], SET),
         ("--tensorboard needs an extra", 1, ["--tensorboard"], SET),
+        ("--overhead must be a number of rounds >= 1, got 0", 1, ["--overhead", "0"], SET),
         ("unknown profile 'huge'", 1, ["--profile", "huge"], SET),
         ("exactly one of --data and --synthetic-classes", 1, [], []),
         ("2 classes can't be spread over 3 ranks", 3, ["--batch-size", "6"], ["--synthetic-classes", "2"]),

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Called again after whatever stopped it, the same line goes on from the last snapshot. docs/scale.md has more."
     )
     parser.add_argument("--profile", default="paper", help="a section of params.yaml with `scale` (default: paper)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for log, snapshots and record of this run")
+    text = "folder for log, snapshots and record of this run (default: scratch/scale)"
+    parser.add_argument("--out", type=Path, default=ROOT / "scratch" / "scale", help=text)
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole snapshot, if there is one")
     text = "train nothing: measure so many rounds of the loop against the bare backbone, in this process"
     parser.add_argument("--overhead", type=int, metavar="ROUNDS", help=text)

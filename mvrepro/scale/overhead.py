@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mvrepro.bench import busy_seconds, others
 from mvrepro.files import display, write_json
 from mvrepro.provenance import provenance
 from mvrepro.scale.config import ScaleConfig, rate
@@ -23,7 +24,8 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
     bare  forward and backward of the same backbone on one batch that lies on the device already: no head, no
           gradient exchanged between ranks, no step of SGD
     A round is long enough that batches read during the bare passes don't hide what reading costs. ratio: the median
-    of the rounds' bare time over loop time, with quartiles. Two rounds come first and don't count.
+    of the rounds' bare time over loop time, with quartiles. Two rounds come first and don't count. other_cores: how
+    many the other processes of this machine kept busy, those that read images and other ranks among them.
     """
     started = time.perf_counter()
     images, order, network = prepare(config, ranks)
@@ -46,14 +48,15 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
                 embeddings = forward(pixels)
             embeddings.float().backward(gradient)
 
-    found: dict[str, list[float]] = {"loop": [], "bare": [], "waiting": []}
+    found: dict[str, list[float]] = {"loop": [], "bare": [], "waiting": [], "others": []}
     for number in range(rounds + 2):
-        waited = feed.waited
+        waited, began, before = feed.waited, time.perf_counter(), busy_seconds()
         loop = _seconds(whole, range(number * steps, (number + 1) * steps), ranks)
         alone = _seconds(bare, range(steps), ranks)
         if number >= 2:
             found["loop"].append(loop / steps)
             found["bare"].append(alone / steps)
+            found["others"].append(others(began, before))
             found["waiting"].append((feed.waited - waited) / loop)
     low, ratio, high = _quartiles([b / a for a, b in zip(found["loop"], found["bare"], strict=True)])
     record = {
@@ -67,6 +70,7 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
         "ratio": ratio,
         "ratio_quartiles": [low, high],
         "waiting": statistics.median(found["waiting"]),
+        "other_cores": statistics.median(found["others"]),
         "provenance": provenance(started, str(ranks.device), config.threads),
     }
     with ranks.together():
@@ -82,7 +86,8 @@ def sentence(record: dict[str, Any]) -> str:
     return (
         f"{record['loop_images_per_s']:.1f} images/s in the loop, {record['bare_images_per_s']:.1f} in bare passes; "
         f"it runs at {100 * record['ratio']:.1f} % of their pace (quartiles {100 * low:.1f} … {100 * high:.1f}, "
-        f"{record['rounds']} rounds); {100 * record['waiting']:.1f} % of its time it waited for data"
+        f"{record['rounds']} rounds); {100 * record['waiting']:.1f} % of its time it waited for data; other processes "
+        f"kept {record['other_cores']:.1f} cores busy"
     )
 
 

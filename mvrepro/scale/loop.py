@@ -102,22 +102,12 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
             with pace.apart("snapshot"):
                 snapshots.write(done, network.common_state(), network.own_state())
     bar.close()
-    bad = len(set().union(*ranks.gather(feed.bad)))
-    settings = asdict(config)
     record = {
-        "config": settings,
-        "config_hash": config_hash(settings),
-        "sizes": {
-            "train_images": len(images.images),
-            "train_classes": images.classes,
-            "parameters": backbones.parameter_count(network.backbone),
-            "ranks": ranks.count,
-            "steps": order.steps,
-        },
+        **_settings(config, images, order, network),
         "metrics": figures,
         "loss": values.get("loss"),
         "pace": pace.summary(),
-        "bad_images": bad,
+        "bad_images": len(set().union(*ranks.gather(feed.bad))),
         "resumed_from": first or None,
         "provenance": provenance(started, str(ranks.device), config.threads),
     }
@@ -130,6 +120,18 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
     if logs:
         logs.close()
     return record
+
+
+def _settings(config: ScaleConfig, images: TrainingSet, order: Order, network: Network) -> dict[str, Any]:
+    settings = asdict(config)
+    sizes = {
+        "train_images": len(images.images),
+        "train_classes": images.classes,
+        "parameters": backbones.parameter_count(network.backbone),
+        "ranks": order.ranks,
+        "steps": order.steps,
+    }
+    return {"config": settings, "config_hash": config_hash(settings), "sizes": sizes}
 
 
 def _first(snapshots: Snapshots, network: Network, ranks: Ranks, *, resume: bool) -> int:

@@ -167,6 +167,7 @@ def _save(path: Path, state: dict[str, Tensor]) -> str:
     """Write and force to disk; returns the SHA-256 of the file."""
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, path)
+        path.chmod(0o644)  # safetensors keeps others out
         _sync(path)
         return _sha256(path)
     except OSError as error:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -100,9 +101,13 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path, ranks, options, k
 
 
 def test_damaged_and_foreign_snapshots(tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole, out, lost = tmp_path / "whole", tmp_path / "out", tmp_path / "lost"
     steps = ["--steps", "10"]
-    worker(run(whole, *steps), run(out, *steps))
+    worker(run(out, *steps))
+    shutil.copytree(out, whole)
+    shutil.copytree(out, lost)
+    for path in lost.glob("snapshots/*/manifest.json"):
+        path.write_bytes(path.read_bytes()[:-20])
     newest = out / "snapshots" / "step-00000010"
     content = bytearray((newest / "rank-0.safetensors").read_bytes())
     content[-100] ^= 1
@@ -114,11 +119,12 @@ def test_damaged_and_foreign_snapshots(tmp_path):
         "dimensions": (["--embedding-dim", "9"], "embedding_dim was 8, is 9"),
         "rate": (["--lr", "0.06"], "lr was 0.05, is 0.06"),
     }
-    (code, said, _), *refused, (ranks_code, _, ranks_error), (again, *_) = worker(
+    (code, said, _), *refused, (ranks_code, _, ranks_error), (again, *_), (gone, _, nothing) = worker(
         run(out, *steps, "--resume"),
         *(run(out, *steps, *more, "--resume") for more, _ in foreign.values()),
         run(out, *steps, "--resume", ranks=2),
         run(out, *steps),
+        run(lost, *steps, "--resume"),
     )
     assert code == (0,)
     assert "step-00000010 is damaged: rank-0.safetensors does not have the SHA-256 that manifest.json names" in said[0]
@@ -128,12 +134,8 @@ def test_damaged_and_foreign_snapshots(tmp_path):
         assert code == (1,) and "is of another run: " in error[0] and text in error[0], error
     assert ranks_code == (1, 1) and "ranks was 1, is 2" in ranks_error[0] and not ranks_error[1]
     assert again == (1,)  # without --resume nothing is overwritten
-    for path in (out / "snapshots").glob("*/manifest.json"):
-        path.write_bytes(path.read_bytes()[:-20])
-    ((code, said, error),) = worker(run(out, *steps, "--resume"))
-    assert (
-        code == (1,) and "no snapshot to go on from" in error[0] and error[0].count("manifest.json is not whole") == 2
-    )
+    assert gone == (1,) and nothing[0].count("manifest.json is not whole") == 2
+    assert "no snapshot to go on from" in nothing[0]
 
 
 def png(seed, size=16):

@@ -172,7 +172,7 @@ def index() -> str:
     text = text.replace("<!-- first -->", f"{profiles()[0]}/{notebooks(profiles()[0])[0].name}")
     for profile in profiles():
         text += tree(f"Profile {profile}", [f"{short(p)} <{profile}/{p.stem}>" for p in notebooks(profile)])
-    return text + tree("Try", ["a loss in your hands <interactive>"])
+    return text + tree("Try", ["a loss in your hands <interactive>", "training at scale <scale>"])
 
 
 def formulas() -> str:
@@ -214,6 +214,8 @@ def main() -> int:
         for path in notebooks(profile):
             write_json(PAGES / profile / path.name, page(path, data))
     write_atomic(PAGES / "index.md", index())
+    scale = (DOCS / "scale.md").read_text(encoding="utf-8")
+    write_atomic(PAGES / "scale.md", resolve(scale, "docs", "../../"))
     shutil.copy(DOCS / "interactive.md", PAGES)
     shutil.copy(DOCS / "interactive" / "widget.html", PAGES)
     options = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(BUILD / "doctrees")]

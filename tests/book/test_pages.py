@@ -50,7 +50,7 @@ def faults(visit: Visit, **options: object) -> list[str]:
 def test_every_notebook_is_a_page() -> None:
     assert NOTEBOOKS
     assert [path for path in NOTEBOOKS if not page_of(path).is_file()] == []
-    assert {"index.html", "interactive.html", "search.html"} <= {name(path) for path in PAGES}
+    assert {"index.html", "interactive.html", "scale.html", "search.html"} <= {name(path) for path in PAGES}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
@@ -140,7 +140,7 @@ def test_pages_follow_each_other() -> None:
         assert beside(after, "prev") == path
         seen.append(after)
         path = after
-    assert len(seen) == len(set(seen)) == len(NOTEBOOKS) + 1  # and the interactive page
+    assert len(seen) == len(set(seen)) == len(NOTEBOOKS) + 2  # and the interactive page, and that on training at scale
 
 
 def test_search_finds_pages(visit: Visit) -> None:

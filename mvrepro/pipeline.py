@@ -96,7 +96,7 @@ class Pipeline:
     def stale(self, stages: Sequence[Stage]) -> dict[str, list[str]]:
         """Stage -> reasons, for those whose committed results don't belong to the files that are here."""
         reasons: dict[str, list[str]] = {}
-        with self.repo.lock:
+        with self._locked():
             found = {name: entries for s in stages for name, entries in self._known[s.name].status().items()}
         for name, entries in found.items():
             texts = []
@@ -114,11 +114,27 @@ class Pipeline:
         from dvc.dvcfile import Lockfile
 
         chosen = [self._known[stage.name] for stage in stages]
-        with self.repo.lock:
+        with self._locked():
             for known in chosen:
                 known.save()
             # All at once: a stage's own dump reads and writes the whole file, minutes for 200 stages.
             Lockfile(self.repo, str(ROOT / "dvc.lock")).dump_stages(chosen)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold DVC's own lock, which another command holds while it writes dvc.lock."""
+        from dvc.lock import LockError
+
+        try:
+            self.repo.lock.lock()
+        except LockError:
+            raise UserError(
+                "another command of DVC or mvrepro is at work in this folder: when it has ended, run this one again"
+            ) from None
+        try:
+            yield
+        finally:
+            self.repo.lock.unlock()
 
 
 def _stage(stage: Any, graph: Any) -> Stage:

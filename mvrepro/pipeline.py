@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, RESULTS, ROOT, display, read_json, sweep, write_atomic, write_json
+from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, sweep, write_atomic, write_json
 
 COMPUTED = LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
@@ -108,6 +108,13 @@ class Pipeline:
                     texts.append(str(entry))
             reasons[name] = texts
         return reasons
+
+    def strays(self, profile: str) -> list[str]:
+        """What is wrong with each file among a profile's results that no stage writes: pages read such runs, too."""
+        written = {path for stage in self.stages.values() for path in stage.writes}
+        folders = [RESULTS / part / profile for part in ("executed", "figures", "runs", "values")]
+        found = [p for f in folders for p in sorted(f.rglob("*")) if p.is_file() and not p.name.startswith(TEMPORARY)]
+        return [f"{display(p)} is written by no stage of dvc.yaml: remove it" for p in found if p not in written]
 
     def accept(self, stages: Sequence[Stage]) -> None:
         """Tell DVC that these stages' outputs belong to the files that are here (dvc.lock)."""

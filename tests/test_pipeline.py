@@ -158,6 +158,16 @@ def test_a_profile_computes_nothing_of_another(pipeline):
     assert [stage.name for stage in pipeline.select("bench")] == ["bench-head", "claims"]
 
 
+def test_a_run_that_no_stage_writes_is_named(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("mvrepro.pipeline.RESULTS", tmp_path)
+    stray = tmp_path / "runs" / "quick" / "AM-Softmax_t0.7_seed0.json"
+    stray.parent.mkdir(parents=True)
+    stray.write_text("{}")
+    (stray.parent / ".writing-abc").write_text("half")
+    assert pipeline.strays("quick") == [f"{stray} is written by no stage of dvc.yaml: remove it"]
+    assert pipeline.strays("faces") == []
+
+
 def test_a_second_command_beside_one_that_writes_is_one_message():
     from dvc.lock import LockError
 

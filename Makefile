@@ -5,6 +5,7 @@ FORCE ?=
 JOBS ?=
 SAMPLE ?=
 PORT ?= 8000
+REPO ?=
 
 VENV := .venv
 BOOK := .venv-book
@@ -25,7 +26,7 @@ export PYTHONHASHSEED := 0
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce status validate test lint lab book serve test-book clean clean-env
+.PHONY: help env reproduce status validate test lint lab book serve test-book badges clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +80,9 @@ serve: book ## the book in a browser on this machine (PORT=8000)
 test-book: env book ## the book's tests, in a real browser (Chromium)
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-book-test.txt
 	@$(BIN)/python -m pytest -q -n 2 tests/book
+
+badges: env ## Binder and Colab badges in README for REPO=owner/name on GitHub (default: the remote origin)
+	@$(BIN)/python docs/badges.py $(REPO)
 
 clean: ## remove what this machine remembers, the book and scratch runs; committed results stay
 	rm -rf .mvrepro build scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, RESULTS, ROOT, display, read_json, sweep, write_atomic, write_json
+from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, sweep, write_atomic, write_json
 
 COMPUTED = LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
@@ -96,7 +96,7 @@ class Pipeline:
     def stale(self, stages: Sequence[Stage]) -> dict[str, list[str]]:
         """Stage -> reasons, for those whose committed results don't belong to the files that are here."""
         reasons: dict[str, list[str]] = {}
-        with self.repo.lock:
+        with self._locked():
             found = {name: entries for s in stages for name, entries in self._known[s.name].status().items()}
         for name, entries in found.items():
             texts = []
@@ -109,16 +109,39 @@ class Pipeline:
             reasons[name] = texts
         return reasons
 
+    def strays(self, profile: str) -> list[str]:
+        """What is wrong with each file among a profile's results that no stage writes: pages read such runs, too."""
+        written = {path for stage in self.stages.values() for path in stage.writes}
+        folders = [RESULTS / part / profile for part in ("executed", "figures", "runs", "values")]
+        found = [p for f in folders for p in sorted(f.rglob("*")) if p.is_file() and not p.name.startswith(TEMPORARY)]
+        return [f"{display(p)} is written by no stage of dvc.yaml: remove it" for p in found if p not in written]
+
     def accept(self, stages: Sequence[Stage]) -> None:
         """Tell DVC that these stages' outputs belong to the files that are here (dvc.lock)."""
         from dvc.dvcfile import Lockfile
 
         chosen = [self._known[stage.name] for stage in stages]
-        with self.repo.lock:
+        with self._locked():
             for known in chosen:
                 known.save()
             # All at once: a stage's own dump reads and writes the whole file, minutes for 200 stages.
             Lockfile(self.repo, str(ROOT / "dvc.lock")).dump_stages(chosen)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold DVC's own lock, which another command holds while it writes dvc.lock."""
+        from dvc.lock import LockError
+
+        try:
+            self.repo.lock.lock()
+        except LockError:
+            raise UserError(
+                "another command of DVC or mvrepro is at work in this folder: when it has ended, run this one again"
+            ) from None
+        try:
+            yield
+        finally:
+            self.repo.lock.unlock()
 
 
 def _stage(stage: Any, graph: Any) -> Stage:

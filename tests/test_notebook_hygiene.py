@@ -8,6 +8,7 @@ from mvrepro.nbcheck import executed_problems, source_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TEMPLATES = sorted((ROOT / "notebooks" / "templates").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "results" / "executed").glob("*/*.ipynb"))
 
 
@@ -15,7 +16,7 @@ def test_there_are_notebooks() -> None:
     assert SOURCES, "notebooks/ has no notebook, so there is nothing to reproduce"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SOURCES, *TEMPLATES], ids=lambda path: path.name)
 def test_source_notebook(path: Path) -> None:
     assert source_problems(path) == []
 

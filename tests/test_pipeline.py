@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -155,6 +156,28 @@ def test_a_profile_computes_nothing_of_another(pipeline):
         names = [stage.name for stage in pipeline.select(profile)]
         assert "claims" in names and not [name for name in names if name.startswith((other, "bench-"))]
     assert [stage.name for stage in pipeline.select("bench")] == ["bench-head", "claims"]
+
+
+def test_a_run_that_no_stage_writes_is_named(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("mvrepro.pipeline.RESULTS", tmp_path)
+    stray = tmp_path / "runs" / "quick" / "AM-Softmax_t0.7_seed0.json"
+    stray.parent.mkdir(parents=True)
+    stray.write_text("{}")
+    (stray.parent / ".writing-abc").write_text("half")
+    assert pipeline.strays("quick") == [f"{stray} is written by no stage of dvc.yaml: remove it"]
+    assert pipeline.strays("faces") == []
+
+
+def test_a_second_command_beside_one_that_writes_is_one_message():
+    from dvc.lock import LockError
+
+    def lock():
+        raise LockError("Unable to acquire lock.")
+
+    busy = object.__new__(Pipeline)
+    busy.repo, busy._known = SimpleNamespace(lock=SimpleNamespace(lock=lock)), {}
+    with pytest.raises(UserError, match="another command of DVC or mvrepro is at work in this folder"):
+        busy.stale([])
 
 
 def test_environment_yml_and_lock_agree():

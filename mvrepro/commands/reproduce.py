@@ -13,7 +13,7 @@ MOST_LINES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "exit code: 0 where every value is identical or within its tolerance, else 1"
+    parser.epilog = "exit code: 0 where every value is identical or within its tolerance, or new, else 1"
     parser.add_argument("--profile", default="quick", help="whose stages (default: quick)")
     parser.add_argument("--notebook", metavar="NB", help="only what this notebook needs, such as 04")
     parser.add_argument("--force", action="store_true", help="compute again what was already computed here")
@@ -50,6 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
         others = len(stages) - len(chosen)
         verdict = "the same bits" if result.same_bits else "not the same bits, so nothing follows for the others"
         print(f"a sample of the runs, {others} were not computed: {verdict}")
+    for problem in pipeline.strays(arguments.profile)[:MOST_LINES]:
+        print(f"  stray: {problem}")
+    if result.different:
+        print(
+            "where you changed code or settings, what is different is your change (`git diff results` shows it);\n"
+            "where you changed nothing, README says under `different` what to look at"
+        )
     executed = sorted(path for stage in stages for path in stage.writes if path.suffix == ".ipynb")
     if executed:
         print(f"read {display(executed[0].parent)}/ (start with {executed[0].name})")

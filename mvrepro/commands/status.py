@@ -19,6 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"stale: {name} ({'; '.join(reasons[:3])}{' …' if len(reasons) > 3 else ''})")
     if len(stale) > MOST_LINES:
         print(f"… and {len(stale) - MOST_LINES} more")
+    strays = pipeline.strays(arguments.profile)
+    for problem in strays[:MOST_LINES]:
+        print(f"stray: {problem}")
     memory = Memory()
     here = sum(memory.has(stage) for stage in stages)
     print(

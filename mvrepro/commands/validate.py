@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline = Pipeline()
         stages = pipeline.select(arguments.profile, arguments.notebook)
         problems = [f"stale: {name} ({'; '.join(why[:3])})" for name, why in pipeline.stale(stages).items()]
+        problems += pipeline.strays(arguments.profile)
         for path in claims_table.outdated():
             problems.append(f"{display(path)} is not what the runs and paper/claims.toml give")
         for problem in problems:

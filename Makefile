@@ -26,7 +26,7 @@ export PYTHONHASHSEED := 0
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce status validate test lint lab book serve test-book badges clean clean-env
+.PHONY: help env reproduce status validate test lint lab book serve test-book test-extras badges clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,10 @@ test-book: env book ## the book's tests, in a real browser (Chromium)
 
 badges: env ## Binder and Colab badges in README for REPO=owner/name on GitHub (default: the remote origin)
 	@$(BIN)/python docs/badges.py $(REPO)
+
+test-extras: env ## the tests that need optional packages: alignment, ONNX, downloads, TensorBoard, other heads
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-extras.txt
+	@$(BIN)/python -m pytest -q -n 2 tests/test_align.py tests/test_backbones_large.py tests/test_bench.py tests/test_data_command.py tests/test_scale.py
 
 clean: ## remove what this machine remembers, the book and scratch runs; committed results stay
 	rm -rf .mvrepro build scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,10 +57,15 @@ def use_style() -> None:
 
 
 def look(loss: str) -> dict[str, object]:
-    """Colour, marker and line style of a loss: colour is its margin, the rest its emphasis."""
+    """Colour, marker and line style of a loss: colour is its margin, the rest its emphasis. A margin or emphasis that
+    somebody added is grey, or has crosses, until it has a place in the tables above."""
     row = LOSSES[loss]
     emphasis = row.h or "–"
-    return {"color": COLOURS[row.f], "marker": MARKERS[emphasis], "linestyle": DASHES[emphasis]}
+    return {
+        "color": COLOURS.get(row.f, "#666666"),
+        "marker": MARKERS.get(emphasis, "P"),
+        "linestyle": DASHES.get(emphasis, "-."),
+    }
 
 
 def metric_by_loss(ax: Axes, frame: pd.DataFrame, losses: Sequence[str], metric: str, label: str) -> pd.DataFrame:

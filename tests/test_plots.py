@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mvrepro import plots
+from mvrepro.losses import Loss
 
 matplotlib.use("Agg")
 
@@ -45,6 +46,13 @@ def test_normal_deviates_are_symmetric_and_labelled_in_per_cent():
     # rates of 0 and 1 are drawn at the edge instead of raising
     assert np.isfinite(ax.transData.transform([[0.0, 1.0]])).all()
     plots.plt.close(fig)
+
+
+def test_a_loss_that_somebody_added_can_be_drawn(monkeypatch):
+    monkeypatch.setitem(plots.LOSSES, "MV-AM-Softmax-x", Loss("AM", h="x"))
+    monkeypatch.setitem(plots.LOSSES, "New-Softmax", Loss("new"))
+    assert plots.look("MV-AM-Softmax-x") == {"color": plots.COLOURS["AM"], "marker": "P", "linestyle": "-."}
+    assert plots.look("New-Softmax") == {"color": "#666666", "marker": "o", "linestyle": "-"}
 
 
 def test_equal_figures_are_equal_bytes_in_both_formats():

@@ -16,7 +16,7 @@ from PIL import Image
 from mvrepro import formats
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
-from mvrepro.scale.config import ScaleConfig, check, rate
+from mvrepro.scale.config import ScaleConfig, check, emphasis, rate
 from mvrepro.scale.data import Order, coins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,7 @@ def losses(out):
 
 
 EVERYTHING = words("--steps 22 --sample-rate 0.5 --accumulate 2 --clip 5 --t-warmup 10 --warmup 5 --schedule cosine")
-IN_BACKWARD = words("--steps 22 --update-in-backward --bfloat16 --workers 1")
+IN_BACKWARD = words("--steps 22 --update-in-backward --bfloat16 --workers 1 --margin-epochs 1")
 PLACES = [(0, "step", 6), (1, "file", 1), (0, "manifest", 1), (1, "step", 5), (0, "publish", 1), (0, "remove", 3)]
 
 
@@ -259,6 +259,13 @@ def test_rate():
     np.testing.assert_allclose(cosine[2:], [0.5 * (1 + np.cos(np.pi * i / 10)) for i in range(10)])
     with pytest.raises(UserError, match="unknown schedule 'linear'; known are: step, cosine"):
         check(settings(schedule="linear"))
+
+
+def test_a_start_from_the_margin_model():
+    config = settings(loss="MV-AM-Softmax-a", t=0.3, margin_epochs=2)
+    assert [emphasis(config, step, 10) for step in (0, 19, 20, 29)] == [0.0, 0.0, 0.3, 0.3]
+    with pytest.raises(UserError, match="margin_epochs must be a number >= 0, got -1"):
+        check(settings(margin_epochs=-1))
 
 
 def test_order_is_a_function_of_seed_and_step():

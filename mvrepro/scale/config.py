@@ -50,6 +50,7 @@ class ScaleConfig:
     easy_margin: bool = setting("the margin only where cosθ_y > 0, as in the authors' code", False)
     stop_gradient: bool = setting("no gradient through the emphasis of the adaptive form; not in the paper", False)
     t_warmup: int = setting("steps over which t grows from 0", 0)
+    margin_epochs: int = setting("epochs with t = 0 before the others: starts from the margin model", 0)
     annealing: bool = setting("A-Softmax with the annealed λ of the authors' code", False)
     sample_rate: float = setting("share of the classes that a step sees (Partial FC)", 1.0)
     update_in_backward: bool = setting("the head's gradient never exists as a whole: less memory, no clipping", False)
@@ -78,8 +79,8 @@ class ScaleConfig:
 
 LEAST: dict[str, float] = {
     "embedding_dim": 1, "epochs": 1, "batch_size": 2, "lr": 0, "image_size": 1, "seed": 0, "steps": 0, "accumulate": 1,
-    "momentum": 0, "weight_decay": 0, "clip": 0, "warmup": 0, "threads": 1, "workers": 0, "bad_limit": 0,
-    "verify_every": 1, "log_every": 1, "snapshot_every": 1, "keep_snapshots": 1, "synthetic_classes": 0,
+    "momentum": 0, "weight_decay": 0, "clip": 0, "warmup": 0, "margin_epochs": 0, "threads": 1, "workers": 0,
+    "bad_limit": 0, "verify_every": 1, "log_every": 1, "snapshot_every": 1, "keep_snapshots": 1, "synthetic_classes": 0,
 }  # fmt: skip
 
 
@@ -116,3 +117,8 @@ def rate(config: ScaleConfig, step: int, steps: int, steps_an_epoch: int) -> flo
         done = (step - config.warmup) / max(1, steps - config.warmup)
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * 0.1 ** sum(step // steps_an_epoch >= epoch for epoch in config.milestones)
+
+
+def emphasis(config: ScaleConfig, step: int, steps_an_epoch: int) -> float:
+    """t of step 0 … steps − 1, to which a warm-up then comes: 0 while the margin model is trained."""
+    return config.t if step >= config.margin_epochs * steps_an_epoch else 0.0

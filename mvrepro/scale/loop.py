@@ -18,7 +18,7 @@ from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import display, read_json, write_json
 from mvrepro.provenance import config_hash, provenance
-from mvrepro.scale.config import ScaleConfig, rate
+from mvrepro.scale.config import ScaleConfig, emphasis, rate
 from mvrepro.scale.data import Feed, Order, TrainingSet, open_set
 from mvrepro.scale.logs import Logs
 from mvrepro.scale.network import Network
@@ -76,6 +76,7 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
     )  # fmt: skip
     for step in range(first, order.steps):
         lr = rate(config, step, order.steps, order.an_epoch)
+        network.head.t = emphasis(config, step, order.an_epoch)
         window.append(network.step(feed, step, lr))
         done = step + 1
         last, snapshot = done == order.steps, done % config.snapshot_every == 0

@@ -28,6 +28,14 @@ from mvrepro.fused import Update, fused_losses
 from mvrepro.losses import MarginHead
 
 
+def lost_contact(rank: int, ranks: int, reason: str) -> str:
+    """What a user reads on a rank that an exchange failed on; reason: torch's word for it."""
+    return (
+        f"rank {rank} of {ranks} lost contact with the others: one of them died or stands still, and its own error "
+        f"says why ({reason})"
+    )
+
+
 class ShardedHead(MarginHead):
     """MarginHead over R ranks, of which rank r holds the classes ⌊K r/R⌋ … ⌊K (r+1)/R⌋ − 1.
 
@@ -158,10 +166,7 @@ class ShardedHead(MarginHead):
         try:
             yield
         except RuntimeError as error:
-            raise ConnectionError(
-                f"rank {self.rank} of {self.ranks} lost contact with the others: one of them died or stands still, and "
-                f"its own error says why ({str(error).splitlines()[0]})"
-            ) from None
+            raise ConnectionError(lost_contact(self.rank, self.ranks, str(error).splitlines()[0])) from None
 
     def extra_repr(self) -> str:
         held = f"classes {self.first} … {self.first + len(self.weight) - 1} on rank {self.rank} of {self.ranks}"

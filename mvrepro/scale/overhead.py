@@ -2,13 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvrepro.bench import busy_seconds, others
+from mvrepro.bench import busy_seconds, others, seconds
 from mvrepro.files import display, write_json
 from mvrepro.provenance import provenance
 from mvrepro.scale.config import ScaleConfig, rate
@@ -38,21 +38,23 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
     gradient = torch.randn(order.part, config.embedding_dim, device=ranks.device)
     forward = torch.compile(network.backbone) if config.compile else network.backbone
 
-    def whole(number: int) -> None:
-        network.step(feed, number, rate(config, number, order.steps, order.an_epoch))
+    def whole(first: int) -> None:
+        for number in range(first, first + steps):
+            network.step(feed, number, rate(config, number, order.steps, order.an_epoch))
 
-    def bare(_: int) -> None:
-        network.sgd.zero_grad()
-        for _ in range(parts):
-            with network.half():
-                embeddings = forward(pixels)
-            embeddings.float().backward(gradient)
+    def bare() -> None:
+        for _ in range(steps):
+            network.sgd.zero_grad()
+            for _ in range(parts):
+                with network.half():
+                    embeddings = forward(pixels)
+                embeddings.float().backward(gradient)
 
     found: dict[str, list[float]] = {"loop": [], "bare": [], "waiting": [], "others": []}
     for number in range(rounds + 2):
         waited, began, before = feed.waited, time.perf_counter(), busy_seconds()
-        loop = _seconds(whole, range(number * steps, (number + 1) * steps), ranks)
-        alone = _seconds(bare, range(steps), ranks)
+        loop = seconds(partial(whole, number * steps), ranks.device.type)
+        alone = seconds(bare, ranks.device.type)
         if number >= 2:
             found["loop"].append(loop / steps)
             found["bare"].append(alone / steps)
@@ -89,16 +91,6 @@ def sentence(record: dict[str, Any]) -> str:
         f"{record['rounds']} rounds); {100 * record['waiting']:.1f} % of its time it waited for data; other processes "
         f"kept {record['other_cores']:.1f} cores busy"
     )
-
-
-def _seconds(step: Callable[[int], None], numbers: range, ranks: Ranks) -> float:
-    wait = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    for number in numbers:
-        step(number)
-    wait()
-    return time.perf_counter() - started
 
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:

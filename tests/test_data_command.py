@@ -207,6 +207,7 @@ def test_an_archive_that_is_none_or_leads_outside_leaves_nothing(
     assert not (tmp_path / "evil.jpg").exists() and not Path("/evil.jpg").exists()
 
 
+@pytest.mark.extra
 def test_a_file_that_is_there_and_right_needs_no_network(tmp_path: Path) -> None:
     pytest.importorskip("pooch", reason="the extra fetch is not installed")
     path = tmp_path / "lfw" / "pairs.txt"

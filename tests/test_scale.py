@@ -18,6 +18,7 @@ from mvrepro.determinism import environment
 from mvrepro.errors import UserError
 from mvrepro.scale.config import ScaleConfig, check, emphasis, rate
 from mvrepro.scale.data import Order, coins
+from mvrepro.scale.logs import Logs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -249,6 +250,19 @@ def test_overhead(tmp_path):
     assert codes == (0,), errors
     record = json.loads((tmp_path / "overhead.json").read_text())
     assert record["ratio"] > 0 and record["rounds"] == 3 and "images/s in the loop" in said[0]
+
+
+@pytest.mark.extra
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra scale is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = Logs(tmp_path, 0, tensorboard=True)
+    logs.write(5, {"loss": 2.5, "lr": 0.1})
+    logs.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(5, 2.5)]
+    assert board.Tags()["scalars"] == ["loss", "lr"]
 
 
 def test_rate():

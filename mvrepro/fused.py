@@ -145,7 +145,7 @@ def pick(batch: int, weight: Tensor) -> tuple[str, str]:
     size = 4 * batch * len(weight)
     if size <= CHUNK_BYTES["cpu"]:
         return "dense", "float32"
-    return "fused", "float32" if size <= min(2**28, free_memory(weight.device) // 8) else "none"
+    return "fused", "float32" if size <= 2**28 and size <= free_memory(weight.device) // 8 else "none"
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -171,8 +171,14 @@ class _Line(NamedTuple):
     def of(cls, rule: Rule) -> "_Line":
         if rule.h is None:
             return cls(rule.s)
-        at_0, at_1 = emphasise(rule.h, torch.tensor([0.0, 1.0], dtype=torch.float64), float(rule.t)).tolist()
+        cos = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+        below, at_0, at_1 = emphasise(rule.h, cos, float(rule.t)).tolist()
         a = at_1 - at_0
+        if not (a > 0 and math.isclose(at_0 - below, a, rel_tol=1e-9)):
+            raise NotImplementedError(
+                f"the emphasis h={rule.h!r} is no rising line in cosθ_k, which the fused head takes it for: "
+                "use backend='dense', or teach mvrepro.fused._Line its form"
+            )
         return cls(rule.s, rule.s * at_0, rule.s * (a - 1), 0.0 if rule.stop_gradient else math.log(a))
 
     @property

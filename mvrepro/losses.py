@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("dense", "fused", "auto")
 KEEP = ("none", "float32", "float16")
+# What a training's config calls as MarginHead does.
+SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,16 @@ def combined_margin(cos: Tensor, m1: float = 1.0, m2: float = 0.0, m3: float = 0
 
 
 def margin(f: str, cos: Tensor, m: float) -> Tensor:
-    """f(m, θ_y) of Eq. 3 for one of the names "cos", "A", "AM", "Arc"."""
+    """f(m, θ_y) of Eq. 3 for one of the names "cos", "A", "AM", "Arc". Raises ValueError for another."""
     if f == "cos":
         return cos
     if f == "A":
         return combined_margin(cos, m1=m)
     if f == "AM":
         return combined_margin(cos, m2=m)
-    return combined_margin(cos, m3=m)
+    if f == "Arc":
+        return combined_margin(cos, m3=m)
+    raise ValueError(f"no margin is called f={f!r}")
 
 
 def indicator(f: Tensor, cos: Tensor) -> Tensor:
@@ -127,11 +131,14 @@ def emphasise(h: str, cos: Tensor, t: float | Tensor, *, stop_gradient: bool = F
     """Eqs. 7 and 8: what a marked cosθ_k becomes; s times it is the exponent of h e^{s cosθ_k}.
 
     stop_gradient: the t cosθ_k of Eq. 8 is a number to the backward pass, so a marked class is pushed
-    with the strength of its probability and not 1 + t times that.
+    with the strength of its probability and not 1 + t times that. Raises ValueError for another h than
+    "fixed" and "adaptive".
     """
     if h == "fixed":
         return cos + t
-    return cos + t * (cos.detach() + 1) if stop_gradient else (1 + t) * cos + t
+    if h == "adaptive":
+        return cos + t * (cos.detach() + 1) if stop_gradient else (1 + t) * cos + t
+    raise ValueError(f"no emphasis is called h={h!r}")
 
 
 def mine(g: str | None, losses: Tensor, gamma: float, hard_ratio: float) -> Tensor:
@@ -139,6 +146,7 @@ def mine(g: str | None, losses: Tensor, gamma: float, hard_ratio: float) -> Tens
 
     HM: g = 1 for the hardest int(hard_ratio·B) samples (one at least), and the mean is over those.
     F: g = (1 − p_y)^γ = (1 − e^{−L})^γ, and the gradient goes through g too, as in the authors' code.
+    None: g = 1. Raises ValueError for another.
     """
     if g == "HM":
         return losses.topk(max(1, int(hard_ratio * len(losses)))).values.mean()
@@ -146,7 +154,9 @@ def mine(g: str | None, losses: Tensor, gamma: float, hard_ratio: float) -> Tens
         # At L = 0 the product is 0 whatever g is; g = 1 there keeps an infinite slope (γ < 1) out of it.
         miss = torch.where(losses > 0, -torch.expm1(-losses), 1)
         return (miss**gamma * losses).mean()
-    return losses.mean()
+    if g is None:
+        return losses.mean()
+    raise ValueError(f"no mining is called g={g!r}")
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -327,10 +337,12 @@ class MarginHead(nn.Module):
         """(backend, keep) for a batch of this size."""
         if self.backend == "dense":
             return "dense", "float32"
+        forced = self.backend == "fused" or self.sgd is not None
+        if forced and self.keep:
+            return "fused", self.keep
         from mvrepro.fused import pick
 
         backend, keep = pick(batch, self.weight)
-        forced = self.backend == "fused" or self.sgd is not None
         return "fused" if forced else backend, self.keep or keep
 
     def _rule(self) -> "Rule":

@@ -575,6 +575,27 @@ def test_auto_says_what_it_picked(monkeypatch):
     assert head.picked == "fused, keep=float16"
 
 
+def test_nobody_asks_for_the_free_memory_where_nothing_hangs_on_it(monkeypatch):
+    monkeypatch.setattr(fused, "free_memory", lambda device: pytest.fail("asked"))
+    x, y = torch.randn(8, 4), torch.arange(8)
+    for backend, keep in [("dense", None), ("fused", "none"), ("fused", "float16"), ("auto", None)]:
+        MarginHead("AM-Softmax", 4, 1000, backend=backend, keep=keep)(x, y)
+    assert pick(1000, torch.empty(1_000_000, 1)) == ("fused", "none")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda cos, t: cos + t * (cos + 1) ** 2, lambda cos, t: -t * cos, lambda cos, t: t + 0 * cos],
+    ids=["square", "falling", "flat"],
+)
+def test_an_emphasis_that_is_no_rising_line_is_refused(monkeypatch, form):
+    monkeypatch.setattr(fused, "emphasise", lambda h, cos, t: form(cos, t))
+    head = make_head("MV-AM-Softmax-a", draw(ODD))
+    x, _, y = (torch.tensor(part) for part in draw(ODD))
+    with pytest.raises(NotImplementedError, match=r"h='adaptive' is no rising line .* backend='dense'"):
+        fused_losses(x, head.weight, y, head._rule())
+
+
 def test_auto_is_dense_for_the_shapes_of_the_profiles():
     """Their committed results are the dense head's, bit for bit."""
     for batch, classes in [(40, 20), (64, 10), (64, 1723), (128, 2000)]:

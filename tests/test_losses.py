@@ -16,7 +16,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from mvrepro import fused
-from mvrepro.losses import DEFAULT_MARGIN, LOSSES, MarginHead, combined_margin, indicator, normalise, sine
+from mvrepro.losses import (
+    DEFAULT_MARGIN,
+    LOSSES,
+    MarginHead,
+    combined_margin,
+    emphasise,
+    indicator,
+    margin,
+    mine,
+    normalise,
+    sine,
+)
 
 # The table of the design, once more: name -> (f, h, g).
 TABLE = {
@@ -146,7 +157,7 @@ def assert_agree(got, data, answer: Answer, s, dtype, what=""):
     x, W, y = data
     lengths = [np.linalg.norm(a, axis=1) for a in (x, W)]
     full_dx, full_dW = (s / n[n > 0].min() / math.sqrt(len(y)) for n in lengths)
-    for part, mine, theirs, full in [
+    for part, ours, theirs, full in [
         ("loss", loss, answer.loss, s),
         ("dx", dx, answer.dx, full_dx),
         ("dW", dW, answer.dW, full_dW),
@@ -156,7 +167,7 @@ def assert_agree(got, data, answer: Answer, s, dtype, what=""):
             allowed = 1e-10 * largest + 1e-13 * full
         else:
             allowed = 3e-5 * max(1, s / 32) * max(largest, 0.03 * full)
-        error = np.abs(mine - theirs).max()
+        error = np.abs(ours - theirs).max()
         assert error <= allowed, f"{part} is off by {error:.3g}, allowed {allowed:.3g} {what}"
 
 
@@ -603,8 +614,8 @@ def test_annealing_follows_its_formula(step):
     loss, dx, dW = run(head, data[0], data[2])
     answer = ask_oracle("A-Softmax", data, m=4.0, lam=lam)
     # λ itself is a float32
-    for mine, theirs in [(loss, answer.loss), (dx, answer.dx), (dW, answer.dW)]:
-        np.testing.assert_allclose(mine.numpy(), theirs, rtol=1e-5, atol=1e-6)
+    for ours, theirs in [(loss, answer.loss), (dx, answer.dx), (dW, answer.dW)]:
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
     assert head.step == step + 1
 
 
@@ -811,6 +822,15 @@ def test_errors_of_the_arguments(name, options, parts):
 def test_an_unknown_loss_lists_the_known_ones(name):
     message = error_of(lambda: MarginHead(name, 4, 3))
     assert repr(name) in message and all(known in message for known in NAMES)
+
+
+@once
+def test_a_row_with_an_unknown_part_is_refused():
+    """A new row of LOSSES whose branch is missing: no silent other loss."""
+    ones = torch.ones(2, 3)
+    assert error_of(lambda: margin("sphere", ones, 0.1)) == "no margin is called f='sphere'"
+    assert error_of(lambda: emphasise("square", ones, 0.1)) == "no emphasis is called h='square'"
+    assert error_of(lambda: mine("soft", ones[0], 2.0, 0.9)) == "no mining is called g='soft'"
 
 
 def with_value(row, value):

@@ -1,8 +1,11 @@
 """What a run trains on and how its embeddings are judged: one task a value of TrainConfig.data.
 
-A task knows data and protocols, never a model: `judge` gets arrays.
+A task knows data and protocols, never a model: `judge` gets arrays. Its function takes those settings of
+TrainConfig, by name, that it depends on. Lists are read before anything is trained, so that a damaged one
+costs no run.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +41,7 @@ class Task:
     sizes: dict[str, int]
 
 
-def orl(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], remove: str) -> Task:
+def orl(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...]) -> Task:
     """ORL faces: people-disjoint; TPR at each FPR over all pairs of the people that training never saw."""
     train, test = data.split_people(data.orl(image_size), train_people, seed)
 
@@ -48,7 +51,7 @@ def orl(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], 
     return Task(train, test, judge, protocols.impostor_pairs(test.ids), {})
 
 
-def digits(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], remove: str) -> Task:
+def digits(seed: int) -> Task:
     """Digits, for the toy geometry: the accuracy of the nearest class weight on images held out."""
     train, test = data.split_images(data.digits(), 0.25, seed)
 
@@ -59,13 +62,14 @@ def digits(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...
     return Task(train, test, judge, None, {})
 
 
-def lfw(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], remove: str) -> Task:
+def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
     """Trains on CelebA (people with 3 images at least) and CFP without LFW's people; tests on LFW: View 2,
     all pairs, BLUFR, identification against distractors. `dev_…` is measured on the CelebA people with
     two images, whom neither training nor a test uses: settings are chosen by it."""
     test = faces.lfw(image_size)
     train, dev, sizes = _beside(test, faces.cfp(image_size), image_size, remove, seed)
     pairs = faces.lfw_pairs(faces.folder("lfw") / "pairs.txt", test.names)
+    trials = protocols.blufr_trials(test.names.tolist(), faces.folder("lfw") / "blufr")
 
     def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
         ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
@@ -73,7 +77,7 @@ def lfw(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], 
         metrics, evidence["lfw"] = _kfold("lfw", ours, pairs)
         more, evidence["all_pairs"] = _every_pair(ours, test, fprs)
         metrics |= more
-        blufr = protocols.blufr(ours, test.names.tolist(), faces.folder("lfw") / "blufr")
+        blufr = protocols.blufr(ours, trials)
         evidence["blufr"] = {"vr": _round(blufr.vr), "dir": _round(blufr.dir)}
         metrics |= {"blufr_vr@far=0.001": blufr.vr_summary, "blufr_dir@far=0.01": blufr.dir_summary}
         evidence["rank1"] = _distractors(ours, test, theirs)
@@ -83,7 +87,7 @@ def lfw(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], 
     return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
 
 
-def cfp(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...], remove: str) -> Task:
+def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
     """Trains on CelebA and LFW (people with 3 images at least) without CFP's people; tests on CFP-FF and CFP-FP."""
     test, other = faces.cfp(image_size), faces.lfw(image_size)
     train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
@@ -107,10 +111,11 @@ REMOVALS = ("overlap", "others")
 
 
 def load(name: str, **settings: Any) -> Task:
-    """A task by its name. Raises UserError with the known ones."""
+    """A task by its name, from those of the settings that it depends on. Raises UserError with the known names."""
     if name not in TASKS:
         raise UserError(f"unknown data {name!r}; known are: {', '.join(TASKS)}")
-    return TASKS[name](**settings)
+    task = TASKS[name]
+    return task(**{setting: settings[setting] for setting in inspect.signature(task).parameters})
 
 
 def _beside(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mvrepro.errors import UserError
-from mvrepro.protocols import blufr, impostor_pairs, open_set
+from mvrepro.protocols import blufr, blufr_trials, impostor_pairs, open_set
 
 Trials = list[list[str]]
 
@@ -77,7 +77,10 @@ def test_rates_are_those_of_the_plain_computation(tmp_path: Path, seed: int, tie
     table = dict(zip(names, unit, strict=True))
     fars = (0.05, 0.25)
     found = blufr(
-        embeddings, names, write_lists(tmp_path, **lists), far_verification=fars[0], far_identification=fars[1]
+        embeddings,
+        blufr_trials(names, write_lists(tmp_path, **lists)),
+        far_verification=fars[0],
+        far_identification=fars[1],
     )
     expected = [
         plain_rates(lambda a, b: np.float32(table[a] @ table[b]), *trial, fars)
@@ -93,8 +96,8 @@ def test_neither_the_order_of_the_images_nor_their_suffix_matters(tmp_path: Path
     embeddings, names, lists = small_world(1)
     write_lists(tmp_path, **lists)
     fars = {"far_verification": 0.05, "far_identification": 0.25}
-    before = blufr(embeddings, names, tmp_path, **fars)
-    after = blufr(embeddings[::-1], [f"{name}.jpg" for name in names[::-1]], str(tmp_path), **fars)
+    before = blufr(embeddings, blufr_trials(names, tmp_path), **fars)
+    after = blufr(embeddings[::-1], blufr_trials([f"{name}.jpg" for name in names[::-1]], str(tmp_path)), **fars)
     assert (after.vr.tolist(), after.dir.tolist()) == (before.vr.tolist(), before.dir.tolist())
 
 
@@ -103,8 +106,8 @@ def test_all_alike_is_all_refused_and_all_apart_is_all_found(tmp_path: Path) -> 
     write_lists(tmp_path, **lists)
     people = np.array([int(person(name).rpartition("_")[2]) for name in names])
     fars = {"far_verification": 0.05, "far_identification": 0.25}
-    assert blufr(np.eye(30)[people], names, tmp_path, **fars).dir_summary == 1
-    same = blufr(np.ones_like(embeddings), names, tmp_path, **fars)
+    assert blufr(np.eye(30)[people], blufr_trials(names, tmp_path), **fars).dir_summary == 1
+    same = blufr(np.ones_like(embeddings), blufr_trials(names, tmp_path), **fars)
     assert same.vr.tolist() == same.dir.tolist() == [0, 0, 0]
 
 
@@ -147,44 +150,45 @@ def edit(line: int, text: str | None):
     ],
 )
 def test_a_bad_list_is_named_with_its_line(tmp_path: Path, kind: str, change, message: str) -> None:
-    embeddings, names, lists = small_world(1)
+    _, names, lists = small_world(1)
     write_lists(tmp_path, **lists)
     change(tmp_path / f"{kind}_set.txt")
     with pytest.raises(UserError, match=message) as caught:
-        blufr(embeddings, names, tmp_path, far_verification=0.05, far_identification=0.25)
+        blufr_trials(names, tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_lists_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    embeddings, names, lists = small_world(1)
+    _, names, lists = small_world(1)
     write_lists(tmp_path, **lists | {"probe": lists["probe"][:2]})
     with pytest.raises(UserError, match=r"as many trials each, but test_set.txt has 3, .* probe_set.txt has 2"):
-        blufr(embeddings, names, tmp_path)
+        blufr_trials(names, tmp_path)
     doubled = [lists["test"][0] + lists["test"][0][:1], *lists["test"][1:]]
     write_lists(tmp_path, **lists | {"test": doubled})
     with pytest.raises(UserError, match=rf"test_set.txt, line {len(doubled[0]) + 2}: .* comes twice in its trial"):
-        blufr(embeddings, names, tmp_path)
+        blufr_trials(names, tmp_path)
     who = next(person(name) for name in lists["gallery"][0] if f"{person(name)}_0002" in lists["test"][0])
     two = [[*lists["gallery"][0], f"{who}_0002"], *lists["gallery"][1:]]
     write_lists(tmp_path, **lists | {"gallery": two})
     with pytest.raises(UserError, match=rf"gallery_set.txt, line 11: a gallery has one image a person, but {who} has"):
-        blufr(embeddings, names, tmp_path)
+        blufr_trials(names, tmp_path)
 
 
 def test_bad_names_and_arrays_are_refused(tmp_path: Path) -> None:
     embeddings, names, lists = small_world(1)
     write_lists(tmp_path, **lists)
     with pytest.raises(UserError, match=rf"names: {names[0]} comes twice, as numbers 0 and 3"):
-        blufr(embeddings, [*names[:3], f"{names[0]}.jpg", *names[4:]], tmp_path)
+        blufr_trials([*names[:3], f"{names[0]}.jpg", *names[4:]], tmp_path)
     with pytest.raises(UserError, match="names: number 1, 'Aaron', isn't like Aaron_Eckhart_0001"):
-        blufr(embeddings, [names[0], "Aaron", *names[2:]], tmp_path)
-    with pytest.raises(ValueError, match=r"embeddings must be \(N, D\) and names \(N,\)"):
-        blufr(embeddings[1:], names, tmp_path)
+        blufr_trials([names[0], "Aaron", *names[2:]], tmp_path)
+    trials = blufr_trials(names, tmp_path)
+    with pytest.raises(ValueError, match=r"embeddings must be \(N, D\) and the names \(N,\)"):
+        blufr(embeddings[1:], trials)
     with pytest.raises(ValueError, match="impostor pairs can't show a false-positive rate of 1e-06"):
-        blufr(embeddings, names, tmp_path, far_verification=1e-6)
+        blufr(embeddings, trials, far_verification=1e-6)
     embeddings[7, 0] = math.nan
     with pytest.raises(ValueError, match="row 7 is not"):
-        blufr(embeddings, names, tmp_path)
+        blufr(embeddings, trials)
 
 
 # The real lists
@@ -233,7 +237,7 @@ def test_a_real_trial_is_that_of_a_plain_computation(real, tmp_path: Path) -> No
     order = rng.permutation(len(names))
     trial = 1  # of two: all ten take a while
     lists = {kind: trials[:2] for kind, trials in lists.items()}
-    found = blufr(x[order].astype(np.float32), [names[k] for k in order], write_lists(tmp_path, **lists))
+    found = blufr(x[order].astype(np.float32), blufr_trials([names[k] for k in order], write_lists(tmp_path, **lists)))
     assert found.vr.shape == found.dir.shape == (2,)
 
     x = x.astype(np.float32).astype(np.float64)

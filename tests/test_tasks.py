@@ -3,10 +3,11 @@
 Images carry their own number as pixels here, so that it can be told whose the images of a task are.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mvrepro.data import Images
 from mvrepro.errors import UserError
 from mvrepro.faces import Faces, same_name
 from mvrepro.tasks import Task
+from mvrepro.train import TrainConfig
 
 REAL = os.environ.get("MVREPRO_DATA")
 NO_DATA = "MVREPRO_DATA is not set: the tasks are tested on made-up sets only"
@@ -46,7 +48,7 @@ class World:
         with pytest.MonkeyPatch.context() as patch:
             for key, found in self.sets.items():
                 patch.setattr(faces, key, lambda size, found=found: found)
-            return tasks.load(name, seed=seed, image_size=1, train_people=0, fprs=fprs, remove=remove)
+            return tasks.load(name, seed=seed, image_size=1, fprs=fprs, remove=remove)
 
     def overlap(self, name: str) -> set[str]:
         """The people of the other set, as training would have them, who are in the test set `name` by name."""
@@ -262,6 +264,20 @@ def test_unknown_data_lists_the_known() -> None:
         tasks.load("mnist")
 
 
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_task_depends_on_settings_of_a_config(name: str) -> None:
+    assert inspect.signature(tasks.TASKS[name]).parameters.keys() <= {field.name for field in fields(TrainConfig)}
+
+
+def test_a_damaged_list_is_found_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = made_up(tmp_path)
+    monkeypatch.setenv("MVREPRO_DATA", str(tmp_path))
+    world.load("lfw")
+    (tmp_path / "lfw/blufr/probe_set.txt").write_text("10\n")
+    with pytest.raises(UserError, match=r"probe_set\.txt, line 2: expected the number of images"):
+        world.load("lfw")
+
+
 # What judge makes of embeddings
 
 
@@ -436,7 +452,9 @@ def test_evidence_of_blufr_is_that_of_the_protocol(small: World) -> None:
     task, own = small.load("lfw"), small.sets["lfw"]
     embeddings = embed(task, 1.0)
     metrics, evidence = task.judge(embeddings, WEIGHTS)
-    found = protocols.blufr(embeddings[: len(own)], own.names.tolist(), small.folder / "lfw/blufr")
+    found = protocols.blufr(
+        embeddings[: len(own)], protocols.blufr_trials(own.names.tolist(), small.folder / "lfw/blufr")
+    )
     assert (metrics["blufr_vr@far=0.001"], metrics["blufr_dir@far=0.01"]) == (found.vr_summary, found.dir_summary)
     assert evidence["blufr"] == {"vr": found.vr.round(6).tolist(), "dir": found.dir.round(6).tolist()}
     assert 0 < found.dir_summary < 1
@@ -464,7 +482,7 @@ def test_real_cfp_is_judged(world: World) -> None:
 
 
 def test_orl_is_judged_over_all_pairs_of_the_test_embeddings() -> None:
-    task = tasks.load("orl", seed=3, image_size=8, train_people=30, fprs=(0.5, 0.01), remove="overlap")
+    task = tasks.load("orl", seed=3, image_size=8, train_people=30, fprs=(0.5, 0.01))
     train, test = data.split_people(data.orl(8), 30, 3)
     for ours, theirs in ((task.train, train), (task.test, test)):
         assert np.array_equal(ours.pixels, theirs.pixels)
@@ -485,7 +503,7 @@ def on_circle(*degrees: float) -> np.ndarray:
 def test_digits_are_judged_by_the_nearest_class_weight_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     few = Images(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 1, 2, 2]))
     monkeypatch.setattr(data, "split_images", lambda images, share, seed: (images, few))
-    task = tasks.load("digits", seed=0, image_size=8, train_people=0, fprs=(), remove="overlap")
+    task = tasks.load("digits", seed=0)
     weights = np.array([[9], [1], [0.1]], np.float32) * on_circle(0, 120, 240)
     embeddings = np.array([[1], [50], [0.01], [1]], np.float32) * on_circle(59, 61, 181, 10)  # nearest: 0, 1, 2, 0
     assert task.judge(embeddings, weights) == ({"accuracy": 0.75}, {})
@@ -494,13 +512,13 @@ def test_digits_are_judged_by_the_nearest_class_weight_at_any_length(monkeypatch
 
 @pytest.mark.filterwarnings("error")
 def test_an_embedding_of_zeros_is_no_error_for_digits() -> None:
-    task = tasks.load("digits", seed=0, image_size=8, train_people=0, fprs=(), remove="overlap")
+    task = tasks.load("digits", seed=0)
     metrics, _ = task.judge(np.zeros((len(task.test), 2), np.float32), on_circle(0, 72, 144, 216, 288))
     assert metrics == {"accuracy": float(np.mean(task.test.ids == 0))}
 
 
 def test_digits_are_a_quarter_held_out() -> None:
-    task = tasks.load("digits", seed=5, image_size=8, train_people=0, fprs=(), remove="overlap")
+    task = tasks.load("digits", seed=5)
     train, test = data.split_images(data.digits(), 0.25, 5)
     assert np.array_equal(task.train.pixels, train.pixels)
     assert np.array_equal(task.test.pixels, test.pixels)

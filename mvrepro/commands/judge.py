@@ -104,7 +104,8 @@ def _blufr(arguments: argparse.Namespace) -> Metrics:
     from mvrepro import faces, protocols
 
     x, names = _rows(arguments, "names")
-    result = protocols.blufr(x, names, arguments.lists or faces.folder("lfw") / "blufr")
+    trials = protocols.blufr_trials(names, arguments.lists or faces.folder("lfw") / "blufr")
+    result = protocols.blufr(x, trials)
     return {"vr@far=0.001": result.vr_summary, "dir@far=0.01": result.dir_summary}
 
 

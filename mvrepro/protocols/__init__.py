@@ -13,7 +13,7 @@ from mvrepro.protocols.identification import (
     tpr_at_far_distractors,
     trillion_pairs,
 )
-from mvrepro.protocols.open_set import Blufr, blufr
+from mvrepro.protocols.open_set import Blufr, BlufrTrials, blufr, blufr_trials
 from mvrepro.protocols.verification import (
     AllPairs,
     Operating,
@@ -29,6 +29,7 @@ from mvrepro.protocols.verification import (
 __all__ = [
     "AllPairs",
     "Blufr",
+    "BlufrTrials",
     "Identification",
     "KFold",
     "MegaFace",
@@ -36,6 +37,7 @@ __all__ = [
     "TrillionPairs",
     "all_pairs",
     "blufr",
+    "blufr_trials",
     "check_fprs",
     "every_pair",
     "identify",

@@ -37,49 +37,62 @@ def _fused(rates: NDArray[np.float64]) -> float:
     return float(rates.mean() - (rates.std(ddof=1) if len(rates) > 1 else 0))
 
 
+@dataclass(frozen=True)
+class BlufrTrials:
+    """What BLUFR compares: people (N,) int, a number a person, of all images; trials (T): the rows of the test
+    set, of the gallery, which has one image a person, and of the probes."""
+
+    people: NDArray[np.intp]
+    trials: list[tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]]
+
+
+def blufr_trials(names: Sequence[str], lists_dir: str | Path) -> BlufrTrials:
+    """Read test_set.txt, gallery_set.txt and probe_set.txt of BLUFR.
+
+    names (N,) of the images in any order, as Aaron_Eckhart_0001, with or without .jpg: the person is the name
+    without its number. Raises UserError, with file and line, for lists that are missing, malformed or name
+    images that names lacks, and for names that come twice.
+    """
+    rows = _rows(names)
+    person = {name: code for code, name in enumerate(sorted({_person(name) for name in rows}))}
+    people = np.array([person[_person(name)] for name in rows], np.intp)
+    folder = Path(lists_dir)
+    paths = [folder / f"{kind}_set.txt" for kind in ("test", "gallery", "probe")]
+    lists = [list(_trials(path)) for path in paths]
+    if len({len(trials) for trials in lists}) != 1:
+        counts = ", ".join(f"{path.name} has {len(trials)}" for path, trials in zip(paths, lists, strict=True))
+        raise UserError(f"{folder}: the lists must have as many trials each, but {counts}")
+    trials = []
+    for test, gallery, probe in zip(*lists, strict=True):
+        trials.append((_look_up(test, rows), _look_up(gallery, rows), _look_up(probe, rows)))
+        _one_image_a_person(gallery, people[trials[-1][1]])
+    return BlufrTrials(people, trials)
+
+
 def blufr(
     embeddings: ArrayLike,
-    names: Sequence[str],
-    lists_dir: str | Path,
+    trials: BlufrTrials,
     *,
     far_verification: float = 0.001,
     far_identification: float = 0.01,
 ) -> Blufr:
     """The BLUFR benchmark (Liao, Lei, Yi, Li, "A benchmark study of large-scale unconstrained face recognition", 2014).
 
-    embeddings (N, D); names (N,) of their images in any order, as Aaron_Eckhart_0001, with or without
-    .jpg: the person is the name without its number. lists_dir holds test_set.txt, gallery_set.txt and
-    probe_set.txt. Per trial,
+    embeddings (N, D), in the order of the names that blufr_trials got. Per trial,
     - vr: the share of genuine pairs accepted, over all pairs of the test set, where at most
       floor(FAR · impostor pairs) impostor pairs are;
     - dir: the gallery has one image a person. Of the probes of people in it, the share whose own person's
       score is the highest of all (a tie fails) and is accepted, at the threshold where at most
       floor(FAR · such probes) of the probes of other people have a gallery score that is accepted.
-    Ties at either threshold are refused, as in tpr_at_fpr. Raises UserError, with file and line, for lists
-    that are missing, malformed or name images that names lacks, and for names that come twice; ValueError
-    for wrong arrays and for a FAR too small for its trial.
+    Ties at either threshold are refused, as in tpr_at_fpr. Raises ValueError for wrong arrays and for a FAR
+    too small for its trial.
     """
-    x = unit(embeddings)
-    rows = _rows(names)
-    if len(rows) != len(x):
-        raise ValueError(f"embeddings must be (N, D) and names (N,), got {x.shape} and ({len(rows)},)")
-    person = {name: code for code, name in enumerate(sorted({_person(name) for name in rows}))}
-    codes = np.empty(len(x), np.intp)
-    for name, row in rows.items():
-        codes[row] = person[_person(name)]
-    folder = Path(lists_dir)
-    paths = [folder / f"{kind}_set.txt" for kind in ("test", "gallery", "probe")]
-    trials = [list(_trials(path)) for path in paths]
-    if len({len(t) for t in trials}) != 1:
-        counts = ", ".join(f"{path.name} has {len(t)}" for path, t in zip(paths, trials, strict=True))
-        raise UserError(f"{folder}: the lists must have as many trials each, but {counts}")
-    # All of the lists are checked before the first product: an error in the last line costs no minute.
-    sets = [[_look_up(entries, rows) for entries in trial] for trial in zip(*trials, strict=True)]
-    for entries, (_, gallery, _) in zip(trials[1], sets, strict=True):
-        _one_image_a_person(entries, codes[gallery])
+    x, people = unit(embeddings), trials.people
+    if len(people) != len(x):
+        raise ValueError(f"embeddings must be (N, D) and the names (N,), got {x.shape} and ({len(people)},)")
     rates = [
-        (_vr(x[test], codes[test], far_verification), _dir(x, codes, gallery, probe, far_identification))
-        for test, gallery, probe in sets
+        (_vr(x[test], people[test], far_verification), _dir(x, people, gallery, probe, far_identification))
+        for test, gallery, probe in trials.trials
     ]
     return Blufr(np.array([vr for vr, _ in rates]), np.array([dir_ for _, dir_ in rates]))
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mvrepro.data import Images
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic, write_json
-from mvrepro.losses import LOSSES, MarginHead
+from mvrepro.losses import LOSSES, SETTINGS, MarginHead
 from mvrepro.provenance import config_hash, provenance
 
 
@@ -173,14 +173,8 @@ def pick_device(name: str) -> torch.device:
 
 def load(config: TrainConfig) -> tasks.Task:
     """The task of a config. Raises UserError where its test has too few impostor pairs for an FPR."""
-    task = tasks.load(
-        config.data,
-        seed=config.seed,
-        image_size=config.image_size,
-        train_people=config.train_people,
-        fprs=config.fprs,
-        remove=config.remove,
-    )
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
+    task = tasks.load(settings.pop("data"), **settings)
     if task.impostor_pairs is not None:
         try:
             protocols.check_fprs(task.impostor_pairs, config.fprs)
@@ -205,15 +199,7 @@ def build(config: TrainConfig, train_set: Images, device: torch.device) -> tuple
             config.loss,
             config.embedding_dim,
             int(train_set.ids.max()) + 1,
-            s=config.s,
-            m=config.m,
-            t=config.t,
-            gamma=config.gamma,
-            hard_ratio=config.hard_ratio,
-            easy_margin=config.easy_margin,
-            stop_gradient=config.stop_gradient,
-            t_warmup=config.t_warmup,
-            annealing=config.annealing,
+            **{name: getattr(config, name) for name in SETTINGS},
             check=False,  # the labels are 0 … K−1 by construction, and `fit` looks at the loss itself
         )
     except ValueError as error:

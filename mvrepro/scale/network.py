@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mvrepro import backbones, backbones_large
 from mvrepro.errors import UserError
+from mvrepro.losses import SETTINGS
 from mvrepro.scale.config import ScaleConfig
 from mvrepro.scale.data import Feed, normalised
 from mvrepro.scale.ranks import Ranks
@@ -198,15 +199,7 @@ def build_head(config: ScaleConfig, classes: int) -> ShardedHead:
             classes,
             ddp=True,
             sample_rate=config.sample_rate,
-            s=config.s,
-            m=config.m,
-            t=config.t,
-            gamma=config.gamma,
-            hard_ratio=config.hard_ratio,
-            easy_margin=config.easy_margin,
-            stop_gradient=config.stop_gradient,
-            t_warmup=config.t_warmup,
-            annealing=config.annealing,
+            **{name: getattr(config, name) for name in SETTINGS},
             check=False,  # labels are 0 … K − 1 by construction, and the loop looks at the loss itself
         )
     except ValueError as error:

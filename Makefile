@@ -4,6 +4,7 @@ NB ?=
 FORCE ?=
 JOBS ?=
 SAMPLE ?=
+PAGES ?=
 PORT ?= 8000
 REPO ?=
 
@@ -31,7 +32,7 @@ export DVC_NO_ANALYTICS := 1
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PROFILE=quick (default) or faces   NB=04 one notebook   FORCE=1 compute again   JOBS=2 side by side   SAMPLE=6 only so many of the runs"
+	@echo "  PROFILE=quick (default) or faces   NB=04 one notebook   FORCE=1 compute again   JOBS=2 side by side   SAMPLE=6 only so many of the runs   PAGES=1 the notebooks on committed runs"
 
 env: $(if $(filter file,$(origin BIN)),$(VENV)/.ready) ## build .venv from requirements.lock (not with BIN=, an environment of your own)
 
@@ -52,7 +53,7 @@ $(BOOK)/.ready: requirements-book.lock
 	$(call venv,$(BOOK),$<,1 minute and 0.3 GB)
 
 reproduce: env ## compute every stage of PROFILE not yet computed here, and compare with the committed values
-	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS)) $(if $(SAMPLE),--sample $(SAMPLE))
+	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(filter-out 0,$(PAGES)),--pages)
 
 status: env ## which committed results no longer belong to the files that are here
 	@$(MVREPRO) status --profile $(PROFILE)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from mvrepro.commands.reproduce import sampled
+from mvrepro.commands.reproduce import pages, sampled
 from mvrepro.errors import UserError
 from mvrepro.pipeline import Memory, Pipeline, Stage
 
@@ -148,6 +148,18 @@ def test_a_sample_has_all_reports_and_runs_from_all_over(pipeline):
     assert sampled(stages, 10_000) == stages
     with pytest.raises(UserError, match="--sample must be 1 or more, got 0"):
         sampled(stages, 0)
+
+
+def test_pages_alone_train_nothing_and_want_runs_of_this_code(pipeline, monkeypatch):
+    stages = pipeline.select("faces")
+    monkeypatch.setattr(pipeline, "stale", lambda chosen: {})
+    written = [s.writes[0].suffix if s.name != "claims" else "claims" for s in pages(pipeline, stages)]
+    assert sorted(written) == [".ipynb"] * 12 + ["claims"]
+    asked = []
+    monkeypatch.setattr(pipeline, "stale", lambda chosen: asked.extend(chosen) or {"faces-train@1": ["a.py: modified"]})
+    with pytest.raises(UserError, match=r"1 of the runs are stale, the first is faces-train@1 \(a.py: modified\)"):
+        pages(pipeline, stages)
+    assert asked and not {".ipynb"} & {p.suffix for s in asked for p in s.writes}
 
 
 def test_a_profile_computes_nothing_of_another(pipeline):

@@ -10,6 +10,7 @@ from mvrepro.files import display
 from mvrepro.pipeline import Pipeline, Stage, compute, only_one
 
 MOST_LINES = 20
+PAGES = ("python -m mvrepro notebook ", "python -m mvrepro claims")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--notebook", metavar="NB", help="only what this notebook needs, such as 04")
     parser.add_argument("--force", action="store_true", help="compute again what was already computed here")
     parser.add_argument("--jobs", type=int, help="stages side by side (default: one a core, 4 at most)")
-    parser.add_argument(
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument(
+        "--pages",
+        action="store_true",
+        help="execute the notebooks on the committed runs and train nothing, which takes no photographs either",
+    )
+    some.add_argument(
         "--sample",
         type=int,
         metavar="N",
@@ -33,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline = Pipeline()
         stages = pipeline.select(arguments.profile, arguments.notebook)
         chosen = stages if arguments.sample is None else sampled(stages, arguments.sample)
+        if arguments.pages:
+            chosen = pages(pipeline, stages)
         ran: list[Stage] = []
         try:
             compute(chosen, force=arguments.force, jobs=arguments.jobs, ran=ran)
@@ -40,13 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
             pipeline.accept(ran)  # hours of training that are done count as done
             raise
         result = compare(chosen)
-        fresh = stages if result.same_bits else chosen
+        fresh = stages if result.same_bits and not arguments.pages else chosen
         stale = pipeline.stale(fresh)
         pipeline.accept([stage for stage in fresh if stage.name in stale])
     _say(result)
     took = time.perf_counter() - started
     print(f"{arguments.profile}: computed {len(ran)} of {len(stages)} stages in {took:.0f} s; {result.summary()}")
-    if len(chosen) < len(stages):
+    if len(chosen) < len(stages) and not arguments.pages:
         others = len(stages) - len(chosen)
         verdict = "the same bits" if result.same_bits else "not the same bits, so nothing follows for the others"
         print(f"a sample of the runs, {others} were not computed: {verdict}")
@@ -61,6 +70,19 @@ def run(arguments: argparse.Namespace) -> int:
     if executed:
         print(f"read {display(executed[0].parent)}/ (start with {executed[0].name})")
     return 1 if result.different else 0
+
+
+def pages(pipeline: Pipeline, stages: Sequence[Stage]) -> list[Stage]:
+    """The notebooks and the claims. Raises UserError where what they stand on is not that of the files here."""
+    chosen = [stage for stage in stages if stage.command.startswith(PAGES)]
+    stale = pipeline.stale([stage for stage in stages if stage not in chosen])
+    if stale:
+        name, reasons = next(iter(stale.items()))
+        raise UserError(
+            f"the pages can't stand on what other code or settings gave: {len(stale)} of the runs are stale, the "
+            f"first is {name} ({reasons[0]}). Train them: the same command without --pages (PAGES=1)"
+        )
+    return chosen
 
 
 def sampled(stages: Sequence[Stage], count: int) -> list[Stage]:

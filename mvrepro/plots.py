@@ -25,8 +25,8 @@ COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and the whole page of a 
 PROFILE_NOTES = {
     "quick": "ORL faces, 20 people to train on and 20 others to test with, a small network; "
     "it shows the machinery and the tendency, not the paper's scale (notebook 02: digits)",
-    "faces": "trained on CelebA and on CFP without whom LFW has by name, tested on LFW (notebook 08: on CFP, too; "
-    "02: digits); 32×32 pixels, a small network, the easy margin of the authors' code: real protocols, not the "
+    "faces": "trained on CelebA and on CFP, less the people whose names LFW has, tested on LFW (notebook 08: on CFP, "
+    "too; 02: digits); 32×32 pixels, a small network, the easy margin of the authors' code: real protocols, not the "
     "paper's scale",
 }
 

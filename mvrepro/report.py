@@ -6,6 +6,7 @@ nothing is written: what would be written is compared with what is committed, an
 
 import ast
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from mvrepro import claims, plots
+from mvrepro import claims, plots, runs
 from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, ROOT, read_json, write_atomic, write_json
 from mvrepro.files import display as shown
@@ -39,9 +40,9 @@ class Report:
         self.validating = os.environ.get("MVREPRO_VALIDATE") == "1"
         plots.use_style()
 
-    def header(self, *, section: str, equations: str, tested: str, run_time: str) -> None:
-        """The box at the top: the section of the paper, its equations, what is tested, the verdicts so
-        far, and how long the notebook takes. All strings are Markdown."""
+    def header(self, *, section: str, equations: str, tested: str, run_time: str, in_short: str = "") -> None:
+        """The box at the top: the section of the paper, its equations, what is tested, what a long page found,
+        the verdicts so far, and how long the notebook takes. All strings are Markdown."""
         verdicts = claims.evaluate(self.profile, self.notebook)
         lines = [
             "| | |",
@@ -49,6 +50,7 @@ class Report:
             f"| **Section of the paper** | {section} |",
             f"| **Equations** | {equations} |",
             f"| **Tested here** | {tested} |",
+            *([f"| **In short** | {in_short} |"] if in_short else []),
             f"| **Profile** | `{self.profile}`: {plots.PROFILE_NOTES.get(self.profile, '')} |",
         ]
         # Claims about exact values are judged at the end of the notebook that computes them: here they
@@ -130,6 +132,22 @@ def claim_table(verdicts: list[claims.Verdict]) -> pd.DataFrame:
             "Notebook": [v.notebook for v in verdicts],
         }
     )
+
+
+def mv_gains(frame: pd.DataFrame, metrics: Mapping[str, str]) -> str:
+    """What MV gains over its margin loss at t = 0.2, in points as the mean over seeds, in words for each of metrics.
+
+    frame: runs.table() of one variant; metrics: columns and their names, such as {"rank1": "rank 1"}.
+    """
+    frame = frame[(frame["h"] == "–") | ((frame["t"] - 0.2).abs() < 1e-9)]
+    parts = []
+    for column, name in metrics.items():
+        gains = []
+        for f, form in itertools.product(("AM", "Arc"), "fa"):
+            better, worse = (runs.by_seed(frame, column, loss) for loss in (f"MV-{f}-Softmax-{form}", f"{f}-Softmax"))
+            gains.append(f"{100 * (better - worse).mean():+.2f} (MV-{f}-{form})")
+        parts.append(f"{name} {', '.join(gains)}")
+    return "; ".join(parts)
 
 
 def contents(folder: Path = ROOT / "notebooks") -> pd.DataFrame:

@@ -63,7 +63,10 @@
     show(label) {
       const { left, right, top, bottom } = this.box;
       this.body += `<path class="mv-frame" d="M${left} ${top}V${bottom}H${right}"/>`;
-      for (const v of this.x.ticks) this.text(this.place([v, 0])[0], bottom + 15, number(v, v % 1 ? 1 : 0));
+      for (const v of this.x.ticks) {
+        const last = v === this.x.ends[1]; // it ends at the frame, or the picture would cut it
+        this.text(+this.place([v, 0])[0] + (last ? 8 : 0), bottom + 15, number(v, v % 1 ? 1 : 0), `text-anchor="${last ? "end" : "middle"}"`);
+      }
       for (const v of this.y.ticks) this.text(left - 5, +this.place([0, v])[1] + 4, number(v, v % 1 ? 1 : 0), 'text-anchor="end"');
       this.text((left + right) / 2, this.height - 6, this.x.title);
       this.body += `<text transform="translate(13 ${(top + bottom) / 2}) rotate(-90)" text-anchor="middle">${this.y.title}</text>`;
@@ -103,7 +106,7 @@
     const highest = Math.max(1, ...curves.flat().map(([, loss]) => loss));
     const step = [0.5, 1, 2, 5, 10, 20, 25, 50, 100].find((each) => highest / each <= 5) || 200;
     const ticks = Array.from({ length: Math.floor(highest / step) + 1 }, (_, i) => i * step);
-    const plot = new Plot(id, axis(k), { ends: [0, highest * 1.02], ticks, title: "loss" });
+    const plot = new Plot(id, axis(k), { ends: [0, highest * 1.02], ticks, title: "loss (nats)" });
     const line = (curve) => curve.map(([cos, loss]) => [plot.x.of(cos), loss]);
     plot.path(line(curves[0]), 'class="mv-a"');
     plot.path(line(curves[1]), 'class="mv-b"');

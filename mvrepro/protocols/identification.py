@@ -161,7 +161,7 @@ def trillion_pairs(
 ) -> TrillionPairs:
     """A reading of the Trillion Pairs test: Id, TPR at FAR 1e-3, and Ver, TPR at FAR 1e-9.
 
-    No source for those FARs, nor for what is counted at them, was at hand; the paper names the two rates
+    No source for those FARs, nor for what is counted at them, was at hand; our sources name the two rates
     only. What is computed here: probes (P, D), probe_ids (P,), distractors (N, D).
     - identification: over the pairs (probe, other probe of the same person), both ways round, the share
       whose score is above that of every distractor with the probe and is accepted, at the threshold where

@@ -3,6 +3,7 @@
 import ast
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from mvrepro.commands.reproduce import sampled
+from mvrepro.compare import compare
 from mvrepro.errors import UserError
 from mvrepro.pipeline import Memory, Pipeline, Stage
 
@@ -148,6 +150,32 @@ def test_a_sample_has_all_reports_and_runs_from_all_over(pipeline):
     assert sampled(stages, 10_000) == stages
     with pytest.raises(UserError, match="--sample must be 1 or more, got 0"):
         sampled(stages, 0)
+
+
+def test_a_sample_has_every_run_without_a_record(pipeline, tmp_path):
+    """There is nothing that could be taken as it is."""
+    stages = pipeline.select("quick")
+    new = [replace(stages[0], name=f"quick-mine@{i}", writes=(tmp_path / f"{i}.json",)) for i in (0, 1)]
+    few = [s.name for s in sampled([*stages, *new], 1) if "@" in s.name]
+    assert len(few) == 3 and few[1:] == ["quick-mine@0", "quick-mine@1"]
+    (tmp_path / "1.json").write_text("{}")
+    assert [s.name for s in sampled([*stages, *new], 1) if "@" in s.name][1:] == ["quick-mine@0"]
+
+
+def test_the_bits_of_a_sample_are_those_of_its_committed_runs(tmp_path, monkeypatch):
+    """A new run has nothing to be compared with: it says nothing for or against the others."""
+    known, new = (tmp_path / "runs" / "made-up" / name for name in ("known.json", "new.json"))
+    known.parent.mkdir(parents=True)
+    record = {"config": {"seed": 0}, "metrics": {"rank1": 0.5}, "curve": {"loss": [1.0]}}
+    for path in (known, new):
+        path.write_text(json.dumps(record))
+    monkeypatch.setattr("mvrepro.compare.committed", lambda path: {known: json.dumps(record).encode()}.get(path))
+    stages = [Stage(path.stem, "command", (), (), (path,)) for path in (known, new)]
+    both = compare(stages)
+    assert both.same_bits and len(both.new) == 1
+    assert not compare(stages[1:]).same_bits
+    known.write_text(json.dumps(record | {"curve": {"loss": [1.1]}}))
+    assert not compare(stages).same_bits
 
 
 def test_a_profile_computes_nothing_of_another(pipeline):

@@ -13,9 +13,8 @@ END = "<!-- end of claims -->"
 
 
 def profiles() -> list[str]:
-    """The profiles that have runs to judge claims by (the toy has none: it only draws)."""
-    found = sorted(p.name for p in (RESULTS / "runs").glob("*") if p.is_dir() and p.name != "toy")
-    return sorted(found, key=["quick", "faces", "paper"].index)
+    """The profiles that claims are judged on: those with a metric, in the order of claims.toml, and with runs."""
+    return [name for name in claims.metrics() if (RESULTS / "runs" / name).is_dir()]
 
 
 def files() -> dict[Path, str]:

@@ -178,6 +178,11 @@ def test_the_bits_of_a_sample_are_those_of_its_committed_runs(tmp_path, monkeypa
     assert not compare(stages).same_bits
 
 
+def test_a_profile_with_a_hyphen_is_refused_before_it_computes_nothing(pipeline):
+    with pytest.raises(UserError, match=r"profile 'my-set': .* has no '-', .* such as my_set-train"):
+        pipeline.select("my-set")
+
+
 def test_a_profile_computes_nothing_of_another(pipeline):
     """The claims rest on all profiles, but `make reproduce` on quick must not train for hours on faces."""
     for profile, other in (("quick", "faces-"), ("faces", "quick-")):

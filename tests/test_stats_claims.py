@@ -229,6 +229,19 @@ def test_two_runs_of_the_same_are_an_error(add, tmp_path):
         runs.by_seed(runs.table("made-up", tmp_path), METRIC, "Softmax")
 
 
+def test_runs_that_measure_something_else_are_an_error(add, tmp_path):
+    add("Softmax", [0.5])
+    add("Softmax", [0.6, 0.7], metric="rank1", variant="on mine")
+    for frame in (
+        runs.table("made-up", tmp_path, kind="on mine"),
+        runs.table("made-up", tmp_path, kind=None).query("variant == 'on mine'"),
+    ):
+        assert runs.by_seed(frame, "rank1", "Softmax").to_dict() == {0: 0.6, 1: 0.7}
+        assert runs.by_seed(frame, METRIC, "AM-Softmax").empty
+        with pytest.raises(UserError, match=f"Softmax, on mine, don't measure '{METRIC}'; they have: rank1$"):
+            runs.by_seed(frame, METRIC, "Softmax")
+
+
 def test_curves_have_a_row_an_epoch(add, tmp_path):
     add("AM-Softmax", [0.5])
     add("MV-AM-Softmax-f", [0.5], t=0.3)

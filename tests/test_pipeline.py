@@ -78,12 +78,16 @@ def code_behind(stage: Stage) -> set[str]:
 
 
 def test_stages_depend_on_the_code_that_they_run(pipeline):
-    wrong = {}
+    wrong: dict[str, dict[str, None]] = {}  # what is wrong -> the stages, once each, in their order
     for stage in pipeline.stages.values():
         declared = {str(p.relative_to(ROOT)) for p in stage.reads if p.suffix == ".py"}
-        if declared != code_behind(stage):
-            wrong[stage.name] = sorted(declared ^ code_behind(stage))
-    assert not wrong, "dvc.yaml and the imports differ in these files: " + str(wrong)
+        behind = code_behind(stage)
+        for what, files in (("lack", behind - declared), ("have too much", declared - behind)):
+            if files:
+                wrong.setdefault(f"{what}: {', '.join(sorted(files))}", {})[stage.name.split("@")[0]] = None
+    if wrong:
+        lines = [f"the deps of {', '.join(stages)} {what}" for what, stages in wrong.items()]
+        pytest.fail("in dvc.yaml, " + "\n".join(lines), pytrace=False)
 
 
 def test_every_notebook_has_a_stage_that_reads_its_source(pipeline):

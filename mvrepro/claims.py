@@ -66,10 +66,15 @@ def load(path: Path = ROOT / "paper" / "claims.toml") -> list[dict[str, Any]]:
 
 def metric(profile: str, path: Path = ROOT / "paper" / "claims.toml") -> tuple[str, str]:
     """The metric that a profile's verdicts rest on: its column in runs.table and its name for readers."""
-    metrics = tomllib.loads(path.read_text(encoding="utf-8"))["metric"]
-    if profile not in metrics:
-        raise UserError(f"{display(path)}: no metric for the profile {profile!r}; it has: {', '.join(metrics)}")
-    return metrics[profile]["column"], metrics[profile]["label"]
+    found = metrics(path)
+    if profile not in found:
+        raise UserError(f"{display(path)}: no metric for the profile {profile!r}; it has: {', '.join(found)}")
+    return found[profile]["column"], found[profile]["label"]
+
+
+def metrics(path: Path = ROOT / "paper" / "claims.toml") -> dict[str, dict[str, str]]:
+    """[metric.<profile>] of the file, by profile and in its order."""
+    return dict(tomllib.loads(path.read_text(encoding="utf-8"))["metric"])
 
 
 def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) -> list[Verdict]:

@@ -20,9 +20,8 @@ KEY = (
 
 
 def profiles() -> list[str]:
-    """The profiles that have runs to judge claims by (the toy has none: it only draws), the largest scale first."""
-    found = sorted(p.name for p in (RESULTS / "runs").glob("*") if p.is_dir() and p.name != "toy")
-    return sorted(found, key=["paper", "faces", "quick"].index)
+    """The profiles that claims are judged on: those with a metric, in the order of claims.toml, and with runs."""
+    return [name for name in claims.metrics() if (RESULTS / "runs" / name).is_dir()]
 
 
 def files() -> dict[Path, str]:

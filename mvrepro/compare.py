@@ -33,7 +33,7 @@ class Comparison:
     derived: int = 0  # follow from runs that differ here: not compared on their own
     different: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
-    same_bits: bool = True  # of all runs: metrics, curve and evidence
+    same_bits: bool = True  # metrics, curve and evidence of all runs that are committed, one at least
     largest: str = ""  # the largest deviation within its tolerance
     _worst: float = 0.0
 
@@ -70,9 +70,10 @@ def compare(stages: Sequence[Stage]) -> Comparison:
     paths = [path for stage in stages for path in stage.writes]
     known = {path: committed(path) for path in paths}
     tolerances = _spreads(known)
-    runs_differ = False
+    runs_differ, compared = False, 0
     for path in (p for p in paths if "runs" in p.parts):
         before = known[path]
+        compared += before is not None
         if before is None:
             result.new.append(display(path))
         elif path.suffix == ".json":
@@ -85,7 +86,7 @@ def compare(stages: Sequence[Stage]) -> Comparison:
             runs_differ |= any(old.get(k) != new.get(k) for k in ("metrics", "curve", "evidence"))
         else:
             runs_differ |= before != path.read_bytes()
-    result.same_bits = not (runs_differ or result.new)
+    result.same_bits = compared > 0 and not runs_differ
     for path in (p for p in paths if "runs" not in p.parts):
         _compare_report(result, path, known[path], runs_differ)
     return result

@@ -64,7 +64,7 @@ def folder(name: str) -> Path:
     what = f"MVREPRO_DATA is {root}, which has no {name}/images" if root else "MVREPRO_DATA is not set"
     known = "; ".join(f"{key}/ from {where}" for key, where in SOURCES.items())
     raise UserError(
-        f"{what}. The faces profile needs a folder with {known}; aligned as mvrepro/faces.py says. "
+        f"{what}. What trains on photographs needs a folder with {known}; aligned as mvrepro/faces.py says. "
         "The profile quick needs none of them, and `make validate PROFILE=faces` needs no photographs either"
     )
 

@@ -70,6 +70,11 @@ class Pipeline:
 
     def select(self, profile: str, notebook: str | None = None) -> list[Stage]:
         """The stages of a profile, or only those behind one of its notebooks, with all that they need."""
+        if "-" in profile:
+            raise UserError(
+                f"profile {profile!r}: the name of a profile has no '-', since a stage's begins with it and one, "
+                f"such as {profile.replace('-', '_')}-train"
+            )
         wanted = [s for s in self.stages if s.startswith(f"{profile}-")]
         known = sorted({s.split("-")[0] for s in self.stages if "-train@" in s})
         if not wanted:

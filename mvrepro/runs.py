@@ -11,6 +11,8 @@ from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, display, read_json
 from mvrepro.losses import LOSSES
 
+COLUMNS = ["variant", "loss", "f", "h", "g", "t", "seed", "embedding_dim"]  # of `table`, before the metrics
+
 
 def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The records of all runs of a profile, sorted by file name. Raises UserError where there are none."""
@@ -75,13 +77,19 @@ def curves(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd
 
 def by_seed(frame: pd.DataFrame, metric: str, loss: str, t: float | None = None) -> pd.Series:
     """The metric of one loss indexed by seed; t None: its default run (0.2, or 0 without emphasis).
-    Raises UserError where a seed has two such runs, since nothing says which of them counts."""
+    Raises UserError where a seed has two such runs, since nothing says which of them counts, and where one
+    lacks the metric, since its test measures others."""
     if t is None:
         t = 0.2 if LOSSES[loss].h else 0.0
     chosen = frame[(frame["loss"] == loss) & ((frame["t"] - t).abs() < 1e-9)]
     if chosen["seed"].duplicated().any():
         raise UserError(f"two runs of {loss} have the same t and seed: keep one of their files in results/runs")
-    return chosen.set_index("seed")[metric].sort_index()
+    values = chosen.set_index("seed").reindex(columns=[metric])[metric].sort_index()
+    if values.isna().any():
+        known = chosen.drop(columns=COLUMNS, errors="ignore").dropna(axis="columns", how="all")
+        variant = f", {chosen['variant'].iloc[0]}," if chosen["variant"].iloc[0] else ""
+        raise UserError(f"the runs of {loss}{variant} don't measure {metric!r}; they have: {', '.join(known)}")
+    return values
 
 
 def evidence(

@@ -29,8 +29,9 @@ DISTRACTORS = (10, 30, 100, 300, 1000, 3000)
 class Task:
     """train, test     the images of the loop and those to embed
     judge           (embeddings (N, D) of test, class weights (K, D)) -> (metrics, evidence): shares in
-                    [0, 1] by name, and what reports need beside them (curves, counts a person), as JSON
-    impostor_pairs  how many the FPRs of the metrics are measured with; None: the task has no FPR
+                    [0, 1] by name, larger is better, and what reports need beside them (curves, counts a
+                    person), as JSON
+    impostor_pairs  how many the FPRs of the metrics are measured with; None: the task has no FPR (folds have none)
     sizes           what else is worth recording about the data, by name
     """
 

@@ -27,7 +27,7 @@ class TrainConfig:
     profile: str
     loss: str
     seed: int
-    data: str  # a key of tasks.TASKS
+    data: str  # a key of tasks.TASKS; CONTRIBUTING says how to add one
     backbone: str
     embedding_dim: int
     epochs: int
@@ -179,7 +179,10 @@ def load(config: TrainConfig) -> tasks.Task:
         try:
             protocols.check_fprs(task.impostor_pairs, config.fprs)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(
+                f"fprs of data {config.data!r}: {error}; test with more people, or set larger fprs in params.yaml, "
+                f"{config.profile}.train"
+            ) from None
     return task
 
 

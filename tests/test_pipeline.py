@@ -3,6 +3,7 @@
 import ast
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from mvrepro.commands.reproduce import pages, sampled
+from mvrepro.compare import compare
 from mvrepro.errors import UserError
 from mvrepro.pipeline import Memory, Pipeline, Stage
 
@@ -76,12 +78,16 @@ def code_behind(stage: Stage) -> set[str]:
 
 
 def test_stages_depend_on_the_code_that_they_run(pipeline):
-    wrong = {}
+    wrong: dict[str, dict[str, None]] = {}  # what is wrong -> the stages, once each, in their order
     for stage in pipeline.stages.values():
         declared = {str(p.relative_to(ROOT)) for p in stage.reads if p.suffix == ".py"}
-        if declared != code_behind(stage):
-            wrong[stage.name] = sorted(declared ^ code_behind(stage))
-    assert not wrong, "dvc.yaml and the imports differ in these files: " + str(wrong)
+        behind = code_behind(stage)
+        for what, files in (("lack", behind - declared), ("have too much", declared - behind)):
+            if files:
+                wrong.setdefault(f"{what}: {', '.join(sorted(files))}", {})[stage.name.split("@")[0]] = None
+    if wrong:
+        lines = [f"the deps of {', '.join(stages)} {what}" for what, stages in wrong.items()]
+        pytest.fail("in dvc.yaml, " + "\n".join(lines), pytrace=False)
 
 
 def test_every_notebook_has_a_stage_that_reads_its_source(pipeline):
@@ -160,6 +166,37 @@ def test_pages_alone_train_nothing_and_want_runs_of_this_code(pipeline, monkeypa
     with pytest.raises(UserError, match=r"1 of the runs are stale, the first is faces-train@1 \(a.py: modified\)"):
         pages(pipeline, stages)
     assert asked and not {".ipynb"} & {p.suffix for s in asked for p in s.writes}
+
+
+def test_a_sample_has_every_run_without_a_record(pipeline, tmp_path):
+    """There is nothing that could be taken as it is."""
+    stages = pipeline.select("quick")
+    new = [replace(stages[0], name=f"quick-mine@{i}", writes=(tmp_path / f"{i}.json",)) for i in (0, 1)]
+    few = [s.name for s in sampled([*stages, *new], 1) if "@" in s.name]
+    assert len(few) == 3 and few[1:] == ["quick-mine@0", "quick-mine@1"]
+    (tmp_path / "1.json").write_text("{}")
+    assert [s.name for s in sampled([*stages, *new], 1) if "@" in s.name][1:] == ["quick-mine@0"]
+
+
+def test_the_bits_of_a_sample_are_those_of_its_committed_runs(tmp_path, monkeypatch):
+    """A new run has nothing to be compared with: it says nothing for or against the others."""
+    known, new = (tmp_path / "runs" / "made-up" / name for name in ("known.json", "new.json"))
+    known.parent.mkdir(parents=True)
+    record = {"config": {"seed": 0}, "metrics": {"rank1": 0.5}, "curve": {"loss": [1.0]}}
+    for path in (known, new):
+        path.write_text(json.dumps(record))
+    monkeypatch.setattr("mvrepro.compare.committed", lambda path: {known: json.dumps(record).encode()}.get(path))
+    stages = [Stage(path.stem, "command", (), (), (path,)) for path in (known, new)]
+    both = compare(stages)
+    assert both.same_bits and len(both.new) == 1
+    assert not compare(stages[1:]).same_bits
+    known.write_text(json.dumps(record | {"curve": {"loss": [1.1]}}))
+    assert not compare(stages).same_bits
+
+
+def test_a_profile_with_a_hyphen_is_refused_before_it_computes_nothing(pipeline):
+    with pytest.raises(UserError, match=r"profile 'my-set': .* has no '-', .* such as my_set-train"):
+        pipeline.select("my-set")
 
 
 def test_a_profile_computes_nothing_of_another(pipeline):

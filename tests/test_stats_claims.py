@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
-from mvrepro import claims, plots, published, report, runs
+from mvrepro import claims, claims_table, plots, published, report, runs
 from mvrepro.errors import UserError
 from mvrepro.losses import LOSSES
 from mvrepro.pipeline import Pipeline
@@ -229,6 +229,19 @@ def test_two_runs_of_the_same_are_an_error(add, tmp_path):
         runs.by_seed(runs.table("made-up", tmp_path), METRIC, "Softmax")
 
 
+def test_runs_that_measure_something_else_are_an_error(add, tmp_path):
+    add("Softmax", [0.5])
+    add("Softmax", [0.6, 0.7], metric="rank1", variant="on mine")
+    for frame in (
+        runs.table("made-up", tmp_path, kind="on mine"),
+        runs.table("made-up", tmp_path, kind=None).query("variant == 'on mine'"),
+    ):
+        assert runs.by_seed(frame, "rank1", "Softmax").to_dict() == {0: 0.6, 1: 0.7}
+        assert runs.by_seed(frame, METRIC, "AM-Softmax").empty
+        with pytest.raises(UserError, match=f"Softmax, on mine, don't measure '{METRIC}'; they have: rank1$"):
+            runs.by_seed(frame, METRIC, "Softmax")
+
+
 def test_curves_have_a_row_an_epoch(add, tmp_path):
     add("AM-Softmax", [0.5])
     add("MV-AM-Softmax-f", [0.5], t=0.3)
@@ -328,8 +341,18 @@ def test_the_command_of_every_claim_is_one_that_works(profile):
 def test_every_profile_with_claims_has_a_metric():
     assert claims.metric("quick")[0] == "tpr@fpr=0.01"
     assert claims.metric("faces")[0] == "lfw_accuracy"
-    with pytest.raises(UserError, match=r"claims.toml: no metric for the profile 'other'; it has: quick, faces"):
+    known = ", ".join(claims.metrics())
+    with pytest.raises(UserError, match=f"claims.toml: no metric for the profile 'other'; it has: {known}$"):
         claims.metric("other")
+
+
+def test_the_table_of_claims_has_the_profiles_with_a_metric_and_runs(tmp_path, monkeypatch):
+    """One of your own, too, in the order of claims.toml; without a metric (the toy) nothing is judged."""
+    monkeypatch.setattr(claims_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "metrics", lambda: {"quick": {}, "mine": {}, "faces": {}})
+    for name in ("mine", "toy", "quick"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert claims_table.profiles() == ["quick", "mine"]
 
 
 def test_greater_takes_the_default_t(add, judge):

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample",
         type=int,
         metavar="N",
-        help="train only N of the runs, spread over the profile; if they give the committed bits, the code still "
-        "gives the committed results, and the other runs are taken as they are",
+        help="train only the runs without a record and N of the others, spread over the profile; if they give the "
+        "committed bits, the code still gives the committed results, and the other runs are taken as they are",
     )
 
 
@@ -86,11 +86,13 @@ def pages(pipeline: Pipeline, stages: Sequence[Stage]) -> list[Stage]:
 
 
 def sampled(stages: Sequence[Stage], count: int) -> list[Stage]:
-    """All reports, and `count` of the runs (the stages of a matrix), evenly spread in the order of dvc.yaml."""
-    runs = [stage.name for stage in stages if "@" in stage.name]
+    """All reports, the runs (the stages of a matrix) without a record, which can't be taken as they are, and
+    `count` of the other runs, evenly spread in the order of dvc.yaml."""
     if count < 1:
         raise UserError(f"--sample must be 1 or more, got {count}")
-    chosen = {runs[i * len(runs) // count] for i in range(count)} if count < len(runs) else set(runs)
+    new = {stage.name for stage in stages if not all(path.exists() for path in stage.writes)}
+    runs = [stage.name for stage in stages if "@" in stage.name and stage.name not in new]
+    chosen = new | ({runs[i * len(runs) // count] for i in range(count)} if count < len(runs) else set(runs))
     return [stage for stage in stages if "@" not in stage.name or stage.name in chosen]
 
 

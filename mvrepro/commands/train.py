@@ -13,7 +13,7 @@ from mvrepro.files import ROOT, display
 # What each option means; those of a profile come from params.yaml and can be overruled here.
 OPTIONS: dict[str, tuple[type, str]] = {
     "variant": (str, "what sets this run apart from the plain ones of its profile, in words"),
-    "data": (str, "orl, digits, lfw or cfp: what is trained on and tested with"),
+    "data": (str, "what is trained on and tested with: a row of TASKS in mvrepro/tasks.py, such as orl or lfw"),
     "backbone": (str, "name of the network"),
     "embedding_dim": (int, "dimensions of an embedding"),
     "image_size": (int, "side of the (square) input"),

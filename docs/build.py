@@ -145,9 +145,25 @@ def page(path: Path, data: dict[str, str]) -> dict[str, Any]:
     return notebook
 
 
+def readme(what: str, pattern: str) -> re.Match[str]:
+    """A part of README.md that the book shows, too. Raises UserError, naming it, where it is not there."""
+    found = re.search(pattern, (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    if not found:
+        raise UserError(f"README.md lacks {what}, which the first page of the book shows")
+    return found
+
+
 def verdicts() -> str:
-    """The table of claims, as README.md has it between its marks."""
-    return re.search(r"<!-- claims:.*?-->\n(.*?)<!-- end of claims -->", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    """The table of claims."""
+    return readme("the table of claims between its two marks", r"<!-- claims:.*?-->\n(.*?)<!-- end of claims -->")[1]
+
+
+def answer() -> str:
+    """What the verdicts come to, with their picture."""
+    words = readme("the paragraphs '**What to make of it.**'", r"^\*\*What to make of it\.\*\* (.*?)\n#")[1]
+    words = re.sub(r"\(results/executed/([^)]+)\)", r"(\1)", words)  # pages of the book
+    alt, picture, caption = readme("a figure with its caption", r"^!\[([^]]*)\]\(([^)]*)\)\n\n\*(.*?)\*$").groups()
+    return f"{words}\n\n```{{figure}} ../../{picture}\n:alt: {alt}\n:width: 700px\n\n{caption}\n```\n"
 
 
 def reading() -> str:
@@ -168,11 +184,11 @@ def tree(caption: str, pages: list[str]) -> str:
 
 def index() -> str:
     text = (DOCS / "index.md").read_text(encoding="utf-8").replace("<!-- verdicts -->", verdicts())
-    text = resolve(text, "docs", "../../").replace("<!-- notebooks -->", reading())
+    text = resolve(text, "docs", "../../").replace("<!-- notebooks -->", reading()).replace("<!-- answer -->", answer())
     text = text.replace("<!-- first -->", f"{profiles()[0]}/{notebooks(profiles()[0])[0].name}")
-    for profile in profiles():
-        text += tree(f"Profile {profile}", [f"{short(p)} <{profile}/{p.stem}>" for p in notebooks(profile)])
-    return text + tree("Try", ["a loss in your hands <interactive>", "training at scale <scale>"])
+    trees = [tree(f"Profile {each}", [f"{short(p)} <{each}/{p.stem}>" for p in notebooks(each)]) for each in profiles()]
+    trees.insert(1, tree("Try", ["a loss in your hands <interactive>", "training at scale <scale>"]))
+    return text + "".join(trees)
 
 
 def formulas() -> str:

@@ -5,7 +5,7 @@ if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = f
 
 // What scrolls sideways in its box can be reached, and so scrolled, with the keyboard.
 function reachScrollers() {
-  for (const box of document.querySelectorAll(".table-wrapper, .math-wrapper, .cell_output, pre")) {
+  for (const box of document.querySelectorAll(".table-wrapper, .math-wrapper, .cell_output, figure, pre")) {
     const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === "auto";
     if (scrolls) box.tabIndex = 0;
     else box.removeAttribute("tabindex");

@@ -143,6 +143,13 @@ def test_pages_follow_each_other() -> None:
     assert len(seen) == len(set(seen)) == len(NOTEBOOKS) + 2  # and the interactive page, and that on training at scale
 
 
+def test_the_first_page_says_what_came_out(visit: Visit) -> None:
+    """The picture and the answer of README.md, with a way to the page that explains it."""
+    page = visit.open(BOOK / "index.html")
+    assert page.locator("figure img").get_attribute("alt") in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page.locator("#what-came-out a[href='faces/07-convergence.html']").count() == 1
+
+
 def test_search_finds_pages(visit: Visit) -> None:
     page = visit.open(BOOK / "search.html", "?q=autograd")
     page.locator("ul.search li a").first.wait_for()

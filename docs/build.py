@@ -24,6 +24,9 @@ from mvrepro.provenance import git
 
 DOCS, BUILD = ROOT / "docs", ROOT / "build"
 PAGES, STATIC, BOOK = BUILD / "pages", BUILD / "static", BUILD / "book"
+PUNCTUATION = re.compile(
+    r"(?<![\\$`])\$(?=[^\s$])([^$`\n]*[^\s$`\\])\$([.,;:)]+)"
+)  # after a formula, where a line might break
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)\)")  # to a file, not to an address
 
 
@@ -61,7 +64,11 @@ def origin(profile: str) -> str:
     commits = " and ".join(commit(each) for each in sorted({r["commit"] for r in records}, key=str))
     changed = sum(r["dirty"] is not False for r in records)
     machines = sorted({f"{r['device']} with {r['cpus']} cores, torch {r['versions']['torch']}" for r in records})
-    note = f", {changed} of them with changes not yet committed" if changed else ""
+    note = (
+        f", {changed} of them with changes not yet committed (`make reproduce` compares each value anew)"
+        if changed
+        else ""
+    )
     return f"{len(records)} training runs at {commits}{note}, on {' and '.join(machines)}"
 
 
@@ -114,11 +121,13 @@ def page(path: Path, data: dict[str, str]) -> dict[str, Any]:
     """The notebook as the book shows it. data: of figure_data."""
     notebook = read_json(path)
     folder, up = str(path.parent.relative_to(ROOT)), "../../../"
+    if path.parent.name != profiles()[0]:  # or search and tabs would show the same title twice
+        notebook["cells"][0]["source"][0] = f"# {title(path)} (profile {path.parent.name})\n"
     join_setup(notebook["cells"])
     for cell in notebook["cells"]:
         code = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cell["source"] = resolve(code, folder, up)
+            cell["source"] = PUNCTUATION.sub(r"$\1\\text{\2}$", resolve(code, folder, up))
             continue
         if code.startswith("report.header("):
             cell["metadata"]["tags"] = ["remove-input"]  # the box that it prints says the same
@@ -183,9 +192,10 @@ def tree(caption: str, pages: list[str]) -> str:
 
 
 def index() -> str:
-    text = (DOCS / "index.md").read_text(encoding="utf-8").replace("<!-- verdicts -->", verdicts())
-    text = resolve(text, "docs", "../../").replace("<!-- notebooks -->", reading()).replace("<!-- answer -->", answer())
-    text = text.replace("<!-- first -->", f"{profiles()[0]}/{notebooks(profiles()[0])[0].name}")
+    first = f"{profiles()[0]}/{notebooks(profiles()[0])[0].name}"
+    text = resolve((DOCS / "index.md").read_text(encoding="utf-8"), "docs", "../../").replace("<!-- first -->", first)
+    text = text.replace("<!-- verdicts -->", verdicts().replace("(paper/claims.toml)", f"({first})"))
+    text = text.replace("<!-- notebooks -->", reading()).replace("<!-- answer -->", answer())
     trees = [tree(f"Profile {each}", [f"{short(p)} <{each}/{p.stem}>" for p in notebooks(each)]) for each in profiles()]
     trees.insert(1, tree("Try", ["a loss in your hands <interactive>", "training at scale <scale>"]))
     return text + "".join(trees)

@@ -158,7 +158,7 @@ def _judge(
             value = math.nan if values[key] is None else values[key]
             verdict = REPRODUCED if value <= claim["bound"] else NOT_REPRODUCED
             relation = "within" if value <= claim["bound"] else "beyond"
-            found = f"largest deviation {relation} {claim['bound']:.0e}"
+            found = f"deviation {relation} its bound, {claim['bound']:.0e}"
     elif rule == "greater":
         artifact = f"results/runs/{profile}"
         estimate = differences[claim["id"]]

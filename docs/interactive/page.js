@@ -128,7 +128,7 @@
     $("name-b").textContent = b;
     $("rows").innerHTML = Object.entries(rows)
       .map(([name, text]) => `<tr><th scope="row">${name}</th><td>${text(here)}</td><td>${text(there)}</td></tr>`).join("");
-    const words = (v) => `${v.name}: marked: ${v.marked ? "yes" : "no"}, effective margin ${number(v.asked)}, loss ${small(v.loss)}`;
+    const words = (v) => `${v.name}: marked: ${marked(v)}, effective margin ${number(v.asked)}, loss ${small(v.loss)}`;
     $("text").textContent = `${words(here)}. ${words(there)}.`;
   }
 
@@ -145,6 +145,7 @@
       $(id).parentElement.querySelector("output").value = on ? text : "not used";
     }
     $("easy").disabled = f === "cos";
+    document.querySelector(".mv-easy").hidden = f === "cos" || !$("easy").checked;
     for (const part of document.querySelectorAll(".mv-part")) {
       part.hidden = ![`f-${f}`, `h-${h || "none"}`, `g-${g || "none"}`].some((c) => part.classList.contains(c.toLowerCase()));
     }

@@ -3,10 +3,16 @@
 // A page on the file system may not fetch others, so the search there lists titles without excerpts.
 if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 
+// A name or a number breaks at no hyphen of it.
+window.addEventListener("DOMContentLoaded", () => {
+  for (const cell of document.querySelectorAll(".table-wrapper td")) cell.classList.toggle("short", cell.textContent.trim().length <= 18);
+});
+
 // What scrolls sideways in its box can be reached, and so scrolled, with the keyboard.
 function reachScrollers() {
   for (const box of document.querySelectorAll(".table-wrapper, .math-wrapper, .cell_output, figure, pre")) {
     const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === "auto";
+    if (!box.matches(".math-wrapper, pre")) box.classList.toggle("scrolls", scrolls);
     if (scrolls) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }

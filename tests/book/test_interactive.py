@@ -154,7 +154,7 @@ def test_values_are_told_in_words(page: Page) -> None:
     """The example of the page as it opens: MV-AM-Softmax-a at cosθ_y = 0.5, cosθ_k = 0.3."""
     words = page.locator("[role=status]").text_content()
     assert "MV-AM-Softmax-a: marked: yes, effective margin 0.61, loss 13.120" in words
-    assert "AM-Softmax: marked: yes, effective margin 0.35, loss 4.808" in words
+    assert "AM-Softmax: marked: yes (no effect), effective margin 0.35, loss 4.808" in words
     for picture in ("plane", "over-y", "over-k"):
         assert "MV-AM-Softmax-a" in page.locator(f"#mv-{picture}").get_attribute("aria-label")
     page.locator("#mv-k").fill("-0.5")
@@ -183,8 +183,10 @@ def test_other_controls(page: Page, visit: Visit) -> None:
     assert angles["rows"] == state(page)["rows"]
     page.locator("#mv-y").fill("-0.5")
     before = state(page)
+    assert not page.locator(".mv-easy").is_visible()
     page.locator("#mv-easy").check()
     assert state(page)["rows"] != before["rows"]
+    assert page.locator(".mv-easy").is_visible()
     page.locator("#mv-plane").click(position={"x": 300, "y": 60})
     assert float(page.locator("#mv-y").input_value()) != -0.5
     page.get_by_role("button", name="Reset").click()

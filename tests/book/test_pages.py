@@ -75,7 +75,14 @@ def test_page(visit: Visit, path: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     sizes = page.evaluate("[...document.querySelectorAll('.cell_output img')].map((i) => i.width / i.naturalWidth)")
     assert [size for size in sizes if 18.75 * size < 9] == []
+    assert page.locator(".scrolls").count() == page.evaluate(
+        "[...document.querySelectorAll('.table-wrapper, .cell_output, figure')].filter((b) => b.tabIndex === 0).length"
+    )  # and says so
+    # At a desk formulas and what a cell printed are seen whole.
     page.set_viewport_size({"width": 1280, "height": 900})
+    boxes = "[...document.querySelectorAll('.math-wrapper, .highlight-myst-ansi pre')]"
+    wide = f"{boxes}.filter((b) => b.scrollWidth > b.clientWidth + 1)"
+    assert page.evaluate(f"{wide}.map((b) => b.textContent.slice(0, 60))") == []
     assert visit.errors == []
     page.evaluate(ONE_WORD_EACH)
     page.emulate_media(color_scheme="light")
@@ -141,6 +148,12 @@ def test_pages_follow_each_other() -> None:
         seen.append(after)
         path = after
     assert len(seen) == len(set(seen)) == len(NOTEBOOKS) + 2  # and the interactive page, and that on training at scale
+
+
+def test_titles_tell_pages_apart() -> None:
+    titles = [re.search(r"<title>(.*?)</title>", path.read_text(encoding="utf-8"))[1] for path in PAGES]
+    assert len(set(titles)) == len(titles)
+    assert [title for title in titles if "\\(" in title] == []
 
 
 def test_the_first_page_says_what_came_out(visit: Visit) -> None:

@@ -24,9 +24,8 @@ from mvrepro.provenance import git
 
 DOCS, BUILD = ROOT / "docs", ROOT / "build"
 PAGES, STATIC, BOOK = BUILD / "pages", BUILD / "static", BUILD / "book"
-PUNCTUATION = re.compile(
-    r"(?<![\\$`])\$(?=[^\s$])([^$`\n]*[^\s$`\\])\$([.,;:)]+)"
-)  # after a formula, where a line might break
+# A formula and the punctuation after it, between which a browser would break the line.
+PUNCTUATION = re.compile(r"(?<![\\$`])\$(?=[^\s$])([^$`\n]*[^\s$`\\])\$([.,;:)]+)")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)\)")  # to a file, not to an address
 
 

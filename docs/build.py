@@ -86,6 +86,7 @@ def about(path: Path) -> str:
 
 def resolve(text: str, folder: str, up: str) -> str:
     """Let links lead to a page of the same profile or to a file of the repository; others become their words.
+    Punctuation moves into the formula before it.
 
     folder: where the text stands in the repository; up: the way from its page to the repository's root.
     """
@@ -99,7 +100,7 @@ def resolve(text: str, folder: str, up: str) -> str:
                 return match.group() if page else f"{{download}}`{plain} <{up}{place}>`"
         return words
 
-    return LINK.sub(link, text)
+    return PUNCTUATION.sub(r"$\1\\text{\2}$", LINK.sub(link, text))
 
 
 def figure_data(profile: str) -> dict[str, str]:
@@ -121,12 +122,13 @@ def page(path: Path, data: dict[str, str]) -> dict[str, Any]:
     notebook = read_json(path)
     folder, up = str(path.parent.relative_to(ROOT)), "../../../"
     if path.parent.name != profiles()[0]:  # or search and tabs would show the same title twice
-        notebook["cells"][0]["source"][0] = f"# {title(path)} (profile {path.parent.name})\n"
+        heading = notebook["cells"][0]["source"][0]
+        notebook["cells"][0]["source"][0] = f"{heading.rstrip()} (profile {path.parent.name})\n"
     join_setup(notebook["cells"])
     for cell in notebook["cells"]:
         code = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cell["source"] = PUNCTUATION.sub(r"$\1\\text{\2}$", resolve(code, folder, up))
+            cell["source"] = resolve(code, folder, up)
             continue
         if code.startswith("report.header("):
             cell["metadata"]["tags"] = ["remove-input"]  # the box that it prints says the same
@@ -239,9 +241,8 @@ def main() -> int:
         for path in notebooks(profile):
             write_json(PAGES / profile / path.name, page(path, data))
     write_atomic(PAGES / "index.md", index())
-    scale = (DOCS / "scale.md").read_text(encoding="utf-8")
-    write_atomic(PAGES / "scale.md", resolve(scale, "docs", "../../"))
-    shutil.copy(DOCS / "interactive.md", PAGES)
+    for name in ("scale.md", "interactive.md"):
+        write_atomic(PAGES / name, resolve((DOCS / name).read_text(encoding="utf-8"), "docs", "../../"))
     shutil.copy(DOCS / "interactive" / "widget.html", PAGES)
     options = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(BUILD / "doctrees")]
     return sphinx([*options, str(PAGES), str(BOOK)])

@@ -145,9 +145,9 @@
       $(id).parentElement.querySelector("output").value = on ? text : "not used";
     }
     $("easy").disabled = f === "cos";
-    document.querySelector(".mv-easy").hidden = f === "cos" || !$("easy").checked;
+    const parts = [`f-${f}`, `h-${h || "none"}`, `g-${g || "none"}`, f !== "cos" && $("easy").checked ? "mv-easy" : ""];
     for (const part of document.querySelectorAll(".mv-part")) {
-      part.hidden = ![`f-${f}`, `h-${h || "none"}`, `g-${g || "none"}`].some((c) => part.classList.contains(c.toLowerCase()));
+      part.hidden = !parts.some((c) => part.classList.contains(c.toLowerCase()));
     }
     $("moved-key").hidden = !h;
   }

@@ -12,7 +12,6 @@ window.addEventListener("DOMContentLoaded", () => {
 function reachScrollers() {
   for (const box of document.querySelectorAll(".table-wrapper, .math-wrapper, .cell_output, figure, pre")) {
     const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX === "auto";
-    if (!box.matches(".math-wrapper, pre")) box.classList.toggle("scrolls", scrolls);
     if (scrolls) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }

@@ -27,10 +27,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mvrepro.backbones import IResNet
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
-from mvrepro.losses import MarginHead
+from mvrepro.heads.margin import MarginHead
+from mvrepro.networks import IResNet
 
 LAYOUTS = ("arcface_torch", "facex-zoo")
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from mvrepro import backbones_large
+from mvrepro import networks_large
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
 
@@ -31,7 +31,7 @@ def load_backbone(path: Path) -> nn.Module:
         raise UserError(f"{path} is not a readable backbone: {error}") from None
     if not isinstance(about, dict) or about.keys() != {"backbone", "embedding_dim"}:
         raise UserError(f"{path} does not say which backbone it holds: it was not written by save_backbone")
-    model = backbones_large.build(about["backbone"], about["embedding_dim"])
+    model = networks_large.build(about["backbone"], about["embedding_dim"])
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -39,7 +39,7 @@ def load_backbone(path: Path) -> nn.Module:
     return model.eval()
 
 
-def save_onnx(path: Path, model: nn.Module, side: int = backbones_large.SIDE) -> None:
+def save_onnx(path: Path, model: nn.Module, side: int = networks_large.SIDE) -> None:
     """The network in evaluation mode as one ONNX file: "images" (B, 3, side, side) float32 -> "embeddings" (B, D).
 
     B may be any number. Raises UserError where the extra is not installed. One ONNX file holds 2 GiB at most.

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from mvrepro.__main__ import main
-from mvrepro.scale import data, loop, network, ranks, snapshots
-from mvrepro.scale.config import ScaleConfig
+from mvrepro.training import batches, checkpoint, loop, network, ranks
+from mvrepro.training.config import ScaleConfig
 
 
 def die():
@@ -29,10 +29,10 @@ def trap(where, n):
     """Let this process die at the n-th call, counted from 1, of what `where` names."""
     owner, name = {
         "step": (network.Network, "step"),
-        "file": (snapshots, "_save"),  # half of it is written then
-        "manifest": (snapshots, "write_json"),
-        "publish": (snapshots.Snapshots, "_publish"),
-        "remove": (snapshots.shutil, "rmtree"),
+        "file": (checkpoint, "_save"),  # half of it is written then
+        "manifest": (checkpoint, "write_json"),
+        "publish": (checkpoint.Snapshots, "_publish"),
+        "remove": (checkpoint.shutil, "rmtree"),
         "record": (loop, "write_json"),
     }[where]
     original, calls = getattr(owner, name), []
@@ -85,7 +85,7 @@ def build(**settings):
     config = ScaleConfig(**base, **settings)
     here = ranks.Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), None)
     images, order, net = loop.prepare(config, here)
-    return net, data.Feed(config, images.images, order, here)
+    return net, batches.Feed(config, images.images, order, here)
 
 
 def gradients(net):

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mvrepro.losses import LOSSES, MarginHead
-from mvrepro.sharded import ShardedHead
+from mvrepro.heads.margin import MarginHead
+from mvrepro.heads.sharded import ShardedHead
+from mvrepro.losses import LOSSES
 
 K, D = 43, 16  # no number of ranks but 1 divides K
 SIZES = {1: [24], 2: [23, 1], 4: [9, 1, 8, 6]}  # B = 24, unevenly

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mvrepro import align
 from mvrepro.errors import UserError
+from mvrepro.images import align
 
 DATA = Path(os.environ.get("MVREPRO_DATA", ""), "raw")
 needs_photos = pytest.mark.skipif(

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mvrepro import backbones_large as large
 from mvrepro import export
-from mvrepro.backbones import parameter_count
+from mvrepro import networks_large as large
 from mvrepro.errors import UserError
+from mvrepro.networks import parameter_count
 
 
 def thop(name: str) -> tuple[float, float]:

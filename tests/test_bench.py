@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from mvrepro import bench
+from benchmarks import head as bench
 from mvrepro.__main__ import main
 from mvrepro.commands.bench import table
-from mvrepro.compare import Comparison, _compare_report
+from mvrepro.evidence.compare import Comparison, _compare_report
 
 
 def test_the_command_measures_and_writes(tmp_path, capsys):

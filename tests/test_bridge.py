@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvrepro import bridge, formats, protocols
+from mvrepro import bridge, images, protocols
 from mvrepro.__main__ import main
-from mvrepro.backbones import IResNet
 from mvrepro.commands.judge import PROTOCOLS
 from mvrepro.errors import UserError
-from mvrepro.losses import MarginHead
+from mvrepro.heads.margin import MarginHead
+from mvrepro.networks import IResNet
 
 K, D = 11, 4
 
@@ -280,10 +280,10 @@ def test_an_insightface_set_is_judged_in_its_order(lfw: Path, capsys: pytest.Cap
     same = np.array([True] * 12 + [False] * 12)
     order = np.random.default_rng(1).permutation(24)
     np.save(lfw / "bin.npy", x[rows[order].ravel()])
-    formats.write_bin(lfw / "x.bin", formats.Pairs([b"jpeg"] * 48, same[order]))
+    images.write_bin(lfw / "x.bin", images.Pairs([b"jpeg"] * 48, same[order]))
     printed = judged(capsys, "bin", "--embeddings", lfw / "bin.npy", "--bin", lfw / "x.bin")
     scores = protocols.pair_cosines(x, *rows[order].T)
-    expected = protocols.kfold_accuracy(scores, same[order], formats.Pairs([], same[order]).folds)
+    expected = protocols.kfold_accuracy(scores, same[order], images.Pairs([], same[order]).folds)
     assert printed[0] == f"accuracy: {100 * expected.mean:.2f} %"
     assert "has 24 rows" in fails(capsys, "bin", "--embeddings", lfw / "e.npy", "--bin", lfw / "x.bin")
 
@@ -350,12 +350,12 @@ needs_data = pytest.mark.skipif(not os.environ.get("MVREPRO_DATA"), reason="MVRE
 @needs_data
 def test_the_real_lists_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Random embeddings of the real names: near chance by every protocol."""
-    from mvrepro import faces
+    from mvrepro.images import photographs
 
     rng = np.random.default_rng(0)
     for folder, protocols_ in (("lfw", ["lfw"]), ("cfp", ["cfp-ff", "cfp-fp"])):
-        images = sorted((faces.folder(folder) / "images").rglob("*.jpg"))
-        start = faces.folder(folder) / "images"
+        images = sorted((photographs.folder(folder) / "images").rglob("*.jpg"))
+        start = photographs.folder(folder) / "images"
         names = [p.stem if folder == "lfw" else p.relative_to(start).with_suffix("").as_posix() for p in images]
         (tmp_path / "names.txt").write_text("\n".join(names))
         np.save(tmp_path / "e.npy", rng.normal(size=(len(names), 16)))

@@ -20,12 +20,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mvrepro import notebook
 from mvrepro.__main__ import COMMANDS, main
 from mvrepro.commands.train import FLAGS, OPTIONS
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT
-from mvrepro.train import TrainConfig
+from mvrepro.pages import notebook
+from mvrepro.training.train import TrainConfig
 
 TOY = ["train", "--profile", "toy", "--loss", "AM-Softmax", "--embedding-dim", "2", "--epochs", "1"]
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from test_pipeline import closure, imported
 
-from mvrepro import claims, report
 from mvrepro.commands import train
+from mvrepro.evidence import claims
+from mvrepro.pages import report
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from mvrepro.data import Images, digits, orl, split_images, split_people
 from mvrepro.errors import UserError
+from mvrepro.images.small import Images, digits, orl, split_images, split_people
 
 often = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvrepro import fetch, formats
+from mvrepro import images
 from mvrepro.__main__ import main
 from mvrepro.commands.data import histogram
 from mvrepro.errors import UserError
-from mvrepro.formats import common
+from mvrepro.images import fetch, source
 
 PEOPLE = {"Ann_Lee": 1, "Bo": 5, "george  BUSH": 2}
 
 
 @pytest.fixture
 def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(common, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(source, "LOCAL", tmp_path / "local")
     for number, (name, count) in enumerate(PEOPLE.items()):
         (tmp_path / "people" / name).mkdir(parents=True)
         for i in range(count):
@@ -87,7 +87,7 @@ def test_convert_there_and_back(people: Path, tmp_path: Path, capsys: pytest.Cap
     assert printed == f"wrote 8 images of 3 people to {tmp_path / 'rec'}\n"
     call(capsys, "convert", tmp_path / "rec", tmp_path / "tar", "--to", "tar")
     call(capsys, "convert", tmp_path / "tar", tmp_path / "back", "--to", "folder")
-    before, after = (formats.open_images(path) for path in (people, tmp_path / "back"))
+    before, after = (images.open_images(path) for path in (people, tmp_path / "back"))
     assert [before[i] for i in range(8)] == [after[i] for i in range(8)]
     assert before.classes == after.classes
     assert "is there already" in call(capsys, "convert", people, tmp_path / "rec", "--to", "rec", code=1)
@@ -98,7 +98,7 @@ def test_convert_leaves_people_out_by_name(people: Path, tmp_path: Path, capsys:
     removed.write_text("ANN LEE\nNobody\n")
     printed = call(capsys, "convert", people, tmp_path / "r", "--to", "rec", "--without", removed)
     assert printed == f"wrote 7 images of 2 people to {tmp_path / 'r'}; 1 people were left out\n"
-    source = formats.open_images(tmp_path / "r")
+    source = images.open_images(tmp_path / "r")
     assert source.classes == ["Bo", "george  BUSH"]
     removed.write_text("ann lee\nbo\ngeorge w bush\n")
     assert "nothing would be left" in call(capsys, "convert", people, tmp_path / "s", "--to", "tar", "--without", removed, code=1)  # fmt: skip  # noqa: E501
@@ -108,12 +108,12 @@ def test_convert_leaves_people_out_by_name(people: Path, tmp_path: Path, capsys:
 
 
 def test_holes_stop_a_rec_and_can_be_closed(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = formats.Without(formats.open_images(people), np.array([1]))
-    formats.write_tars(tmp_path / "holes", source)
+    source = images.Without(images.open_images(people), np.array([1]))
+    images.write_tars(tmp_path / "holes", source)
     assert "1 of the class ids 0 … 2 have no image: 1" in call(capsys, "inspect", tmp_path / "holes")
     assert "--renumber" in call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", code=1)
     call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", "--renumber")
-    assert formats.open_images(tmp_path / "rec").classes == ["Ann_Lee", "george  BUSH"]
+    assert images.open_images(tmp_path / "rec").classes == ["Ann_Lee", "george  BUSH"]
 
 
 def test_prepare_without_the_extra_says_what_to_install(

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from mvrepro import runs
 from mvrepro.__main__ import main
+from mvrepro.evidence import runs
 
 needs_data = pytest.mark.skipif(not os.environ.get("MVREPRO_DATA"), reason="MVREPRO_DATA is not set: the photographs")
 

@@ -11,8 +11,8 @@ from nbclient import NotebookClient
 
 from mvrepro.determinism import environment
 from mvrepro.files import ROOT
-from mvrepro.nbcheck import difference, executed_problems, source_problems
-from mvrepro.notebook import SocketKernelManager
+from mvrepro.pages.check import difference, executed_problems, source_problems
+from mvrepro.pages.notebook import SocketKernelManager
 
 EXAMPLES = sorted((ROOT / "notebooks" / "examples").glob("*.ipynb"))
 

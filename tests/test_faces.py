@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvrepro import faces
 from mvrepro.errors import UserError
-from mvrepro.faces import Faces
+from mvrepro.images import photographs
+from mvrepro.images.photographs import Faces
 
 SIZE = 8  # of the miniature's images; a pixel is the mean of 14×14
 LFW = {"Al_Z": 2, "Al_Z_Jr": 1, "Bo-Bo": 3, "D_B_Cy": 1}
@@ -69,7 +69,7 @@ def root(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy to damage, which MVREPRO_DATA names; the decoded pixels are kept in tmp_path."""
     copy = shutil.copytree(original, tmp_path / "data")
     monkeypatch.setenv("MVREPRO_DATA", str(copy))
-    monkeypatch.setattr(faces, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(photographs, "LOCAL", tmp_path / "local")
     return copy
 
 
@@ -79,7 +79,7 @@ def kept(tmp_path: Path) -> Callable[[], list[Path]]:
     return lambda: sorted((tmp_path / "local").rglob("*.*"))
 
 
-def pair_rows(pairs: faces.Pairs) -> list[tuple[int, int, bool, int]]:
+def pair_rows(pairs: photographs.Pairs) -> list[tuple[int, int, bool, int]]:
     columns = (pairs.left, pairs.right, pairs.same, pairs.folds)
     assert [column.dtype for column in columns] == [np.int64, np.int64, np.bool_, np.int64]
     return list(zip(*(column.tolist() for column in columns), strict=True))
@@ -104,7 +104,7 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_has_its_images_in_order_with_their_people(root: Path, name: str) -> None:
     files, names, people = SETS[name]
-    found = getattr(faces, name)(SIZE)
+    found = getattr(photographs, name)(SIZE)
     assert (len(found), found.names.tolist(), found.people.tolist()) == (len(files), names, people)
     assert (found.pixels.dtype, found.pixels.shape) == (np.uint8, (len(files), 3, SIZE, SIZE))
     for row, file in enumerate(files):
@@ -115,22 +115,22 @@ def test_a_set_has_its_images_in_order_with_their_people(root: Path, name: str) 
 
 def test_full_size_is_the_files_pixels(root: Path) -> None:
     with Image.open(root / "celeba/images/000003.jpg") as image:
-        assert np.array_equal(faces.celeba(112).pixels[2].transpose(1, 2, 0), np.asarray(image))
+        assert np.array_equal(photographs.celeba(112).pixels[2].transpose(1, 2, 0), np.asarray(image))
 
 
 def test_grey_images_get_three_equal_channels(root: Path) -> None:
     path = root / "celeba/images/000002.jpg"
     Image.open(path).convert("L").save(path)
-    pixels = faces.celeba(SIZE).pixels[1]
+    pixels = photographs.celeba(SIZE).pixels[1]
     assert np.array_equal(pixels[0], pixels[1])
     assert np.array_equal(pixels[0], pixels[2])
 
 
 def test_what_is_no_jpeg_is_passed_over(root: Path) -> None:
-    before = faces.lfw(SIZE)
+    before = photographs.lfw(SIZE)
     write_lines(root / "lfw/images/.DS_Store", "x")
     write_lines(root / "lfw/images/Al_Z/notes.txt", "x")
-    assert faces.lfw(SIZE).names.tolist() == before.names.tolist()
+    assert photographs.lfw(SIZE).names.tolist() == before.names.tolist()
 
 
 def test_where_sizes_and_images() -> None:
@@ -155,33 +155,33 @@ def test_where_sizes_and_images() -> None:
     ],
 )
 def test_same_name(one: str, other: str, same: bool) -> None:
-    assert (faces.same_name(one) == faces.same_name(other)) is same
+    assert (photographs.same_name(one) == photographs.same_name(other)) is same
 
 
 def test_overlapping_gives_the_names_of_the_first(root: Path) -> None:
-    ours, theirs = faces.cfp(SIZE).people, faces.lfw(SIZE).people
-    assert faces.overlapping(ours, theirs) == {"bo-bo", "d b  cy"}
-    assert faces.overlapping(theirs, ours) == {"Bo-Bo", "D_B_Cy"}
-    assert faces.overlapping(["x"], []) == set()
+    ours, theirs = photographs.cfp(SIZE).people, photographs.lfw(SIZE).people
+    assert photographs.overlapping(ours, theirs) == {"bo-bo", "d b  cy"}
+    assert photographs.overlapping(theirs, ours) == {"Bo-Bo", "D_B_Cy"}
+    assert photographs.overlapping(["x"], []) == set()
 
 
 def test_view_2_pairs_are_rows_in_folds(root: Path) -> None:
-    found = faces.lfw_pairs(root / "lfw/pairs.txt", faces.lfw(SIZE).names)
+    found = photographs.lfw_pairs(root / "lfw/pairs.txt", photographs.lfw(SIZE).names)
     assert pair_rows(found) == [(0, 1, True, 0), (1, 5, False, 0), (5, 3, True, 1), (6, 2, False, 1)]
 
 
 def test_view_1_pairs_are_one_fold(root: Path) -> None:
     path = root / "lfw/pairsDevTest.txt"
     write_lines(path, "1", "Bo-Bo 1 2", "Bo-Bo 1 Al_Z 2")
-    assert pair_rows(faces.lfw_pairs(path, faces.lfw(SIZE).names)) == [(3, 4, True, 0), (3, 1, False, 0)]
+    assert pair_rows(photographs.lfw_pairs(path, photographs.lfw(SIZE).names)) == [(3, 4, True, 0), (3, 1, False, 0)]
 
 
 def test_cfp_pairs_are_rows_in_ten_folds(root: Path) -> None:
-    names = faces.cfp(SIZE).names
+    names = photographs.cfp(SIZE).names
     ff = [((0, 1, True, k), (7, 6, True, k), ((k + 1) % 2, 4, False, k)) for k in range(10)]
     fp = [((3, 5, True, k), (3, 2, False, k), (1, 8, False, k)) for k in range(10)]
     for kind, expected in (("FF", ff), ("FP", fp)):
-        assert pair_rows(faces.cfp_pairs(kind, names)) == [pair for fold in expected for pair in fold]
+        assert pair_rows(photographs.cfp_pairs(kind, names)) == [pair for fold in expected for pair in fold]
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_cfp_pairs_are_rows_in_ten_folds(root: Path) -> None:
 )
 def test_lists_of_other_editors_say_the_same(root: Path, change: Callable[[bytes], bytes]) -> None:
     def read() -> list[Any]:
-        ours, theirs = faces.cfp(SIZE), faces.lfw(SIZE)
-        pairs = [faces.lfw_pairs(root / "lfw/pairs.txt", theirs.names), faces.cfp_pairs("FP", ours.names)]
-        return [ours.people.tolist(), faces.celeba(SIZE).people.tolist(), *map(pair_rows, pairs)]
+        ours, theirs = photographs.cfp(SIZE), photographs.lfw(SIZE)
+        pairs = [photographs.lfw_pairs(root / "lfw/pairs.txt", theirs.names), photographs.cfp_pairs("FP", ours.names)]
+        return [ours.people.tolist(), photographs.celeba(SIZE).people.tolist(), *map(pair_rows, pairs)]
 
     before = read()
     for path in root.rglob("*.txt"):
@@ -327,7 +327,7 @@ def test_bad_images_are_named(
 ) -> None:
     damage(root)
     with pytest.raises(UserError, match=message):
-        getattr(faces, name)(SIZE)
+        getattr(photographs, name)(SIZE)
     assert kept() == []
 
 
@@ -337,7 +337,7 @@ def test_bad_lists_of_a_set_are_named_with_the_line(
 ) -> None:
     damage(root)
     with pytest.raises(UserError, match=message) as error:
-        getattr(faces, name)(SIZE)
+        getattr(photographs, name)(SIZE)
     assert str(error.value).startswith(str(root))
     assert kept() == []
 
@@ -345,7 +345,7 @@ def test_bad_lists_of_a_set_are_named_with_the_line(
 @pytest.mark.parametrize("size", [0, -1, 113])
 def test_sizes_that_cannot_be_are_refused(root: Path, kept: Callable[[], list[Path]], size: int) -> None:
     with pytest.raises(UserError, match=rf"image_size must be in 1 … 112 for aligned faces, got {size}$"):
-        faces.lfw(size)
+        photographs.lfw(size)
     assert kept() == []
 
 
@@ -374,17 +374,17 @@ BAD_LFW_PAIRS = [
 def test_bad_pairs_of_lfw_are_named_with_the_line(root: Path, number: int, lines: list[str], message: str) -> None:
     replace_line("lfw/pairs.txt", number, *lines)(root)
     with pytest.raises(UserError, match=rf"lfw/pairs\.txt, {message}"):
-        faces.lfw_pairs(root / "lfw/pairs.txt", np.array(LFW_NAMES))
+        photographs.lfw_pairs(root / "lfw/pairs.txt", np.array(LFW_NAMES))
 
 
 def test_empty_and_missing_pairs_are_named(root: Path) -> None:
     path = root / "lfw/pairs.txt"
     path.write_bytes(b"")
     with pytest.raises(UserError, match=r"lfw/pairs\.txt: the list is empty$"):
-        faces.lfw_pairs(path, np.array(LFW_NAMES))
+        photographs.lfw_pairs(path, np.array(LFW_NAMES))
     path.unlink()
     with pytest.raises(UserError, match=r"lfw/pairs\.txt can't be read as a list: No such file"):
-        faces.lfw_pairs(path, np.array(LFW_NAMES))
+        photographs.lfw_pairs(path, np.array(LFW_NAMES))
 
 
 FRONT, PROFILE, SAME = "Pair_list_F.txt", "Pair_list_P.txt", "Split/FP/03/same.txt"
@@ -414,7 +414,7 @@ BAD_CFP_PAIRS = [
 def test_bad_pairs_of_cfp_are_named_with_the_line(root: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(root)
     with pytest.raises(UserError, match=rf"cfp/protocol/{message}"):
-        faces.cfp_pairs("FP", np.array(CFP_NAMES))
+        photographs.cfp_pairs("FP", np.array(CFP_NAMES))
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -426,7 +426,7 @@ def test_without_the_data_the_message_says_where_they_are(
     if value is not None:
         monkeypatch.setenv("MVREPRO_DATA", value)
     with pytest.raises(UserError) as error:
-        getattr(faces, name)(SIZE)
+        getattr(photographs, name)(SIZE)
     text = str(error.value)
     what = f"MVREPRO_DATA is {value}, which has no {name}/images. " if value else "MVREPRO_DATA is not set. "
     assert text.startswith(what)
@@ -442,50 +442,50 @@ def test_without_the_data_the_message_says_where_they_are(
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The images that were opened."""
     opened: list[Path] = []
-    read = faces._read
-    monkeypatch.setattr(faces, "_read", lambda path, size: opened.append(path) or read(path, size))
+    read = photographs._read
+    monkeypatch.setattr(photographs, "_read", lambda path, size: opened.append(path) or read(path, size))
     return opened
 
 
 def test_pixels_are_decoded_once_for_each_size_and_set(
     root: Path, kept: Callable[[], list[Path]], decoded: list[Path]
 ) -> None:
-    first = faces.lfw(SIZE)
+    first = photographs.lfw(SIZE)
     assert len(decoded) == 7
-    again = faces.lfw(SIZE)
+    again = photographs.lfw(SIZE)
     assert len(decoded) == 7
     assert np.array_equal(first.pixels, again.pixels)
     assert (again.pixels.dtype, again.names.tolist()) == (np.uint8, first.names.tolist())
-    faces.lfw(4), faces.celeba(SIZE)
+    photographs.lfw(4), photographs.celeba(SIZE)
     assert len(decoded) == 7 + 7 + 4
     assert len(kept()) == 3
 
 
 def test_a_changed_an_added_and_a_removed_file_are_noticed(root: Path, decoded: list[Path]) -> None:
-    before = faces.lfw(SIZE).pixels
+    before = photographs.lfw(SIZE).pixels
     path = root / PHOTO
     path.write_bytes(jpeg(99))
-    changed = faces.lfw(SIZE).pixels
+    changed = photographs.lfw(SIZE).pixels
     assert [int(row) for row in np.flatnonzero((before != changed).any((1, 2, 3)))] == [LFW_NAMES.index(path.stem)]
     same_size = path.stat()
     os.utime(path, ns=(same_size.st_atime_ns, same_size.st_mtime_ns + 1))
     decoded.clear()
-    faces.lfw(SIZE)
+    photographs.lfw(SIZE)
     assert len(decoded) == 7
     shutil.copy(path, path.with_stem("Bo-Bo_0004"))
-    assert len(faces.lfw(SIZE).pixels) == 8
+    assert len(photographs.lfw(SIZE).pixels) == 8
     path.unlink()
-    assert faces.lfw(SIZE).names.tolist() == [n for n in LFW_NAMES if n != path.stem][:-1] + [
+    assert photographs.lfw(SIZE).names.tolist() == [n for n in LFW_NAMES if n != path.stem][:-1] + [
         "Bo-Bo_0004",
         "D_B_Cy_0001",
     ]
 
 
 def test_pixels_follow_the_order_of_the_list(root: Path) -> None:
-    before = faces.celeba(SIZE)
+    before = photographs.celeba(SIZE)
     lines = (root / IDENTITY).read_text().splitlines()
     write_lines(root / IDENTITY, *reversed(lines))
-    after = faces.celeba(SIZE)
+    after = photographs.celeba(SIZE)
     assert np.array_equal(after.pixels, before.pixels[::-1])
     assert after.names.tolist() == before.names.tolist()[::-1]
 
@@ -509,12 +509,12 @@ def flip_a_bit(content: bytes) -> bytes:
 def test_damaged_pixels_are_made_anew(
     root: Path, kept: Callable[[], list[Path]], decoded: list[Path], damage: Callable[[bytes], bytes]
 ) -> None:
-    good = faces.celeba(SIZE).pixels
+    good = photographs.celeba(SIZE).pixels
     (path,) = kept()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     decoded.clear()
-    assert np.array_equal(faces.celeba(SIZE).pixels, good)
+    assert np.array_equal(photographs.celeba(SIZE).pixels, good)
     assert len(decoded) == 4
     assert kept() == [path]
     assert path.read_bytes() == whole
@@ -523,7 +523,7 @@ def test_damaged_pixels_are_made_anew(
 def test_a_folder_that_cannot_be_written_is_named(root: Path, tmp_path: Path) -> None:
     (tmp_path / "local").write_text("a file where a folder should be")
     with pytest.raises(UserError, match=r"could not write .*local/faces/celeba-8-"):
-        faces.celeba(SIZE)
+        photographs.celeba(SIZE)
 
 
 # The real sets
@@ -540,8 +540,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Faces]]
     """All three, each image opened, at 4×4."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MVREPRO_DATA", str(REAL))
-        patch.setattr(faces, "LOCAL", tmp_path_factory.mktemp("local"))
-        yield {name: getattr(faces, name)(4) for name in SETS}
+        patch.setattr(photographs, "LOCAL", tmp_path_factory.mktemp("local"))
+        yield {name: getattr(photographs, name)(4) for name in SETS}
 
 
 @needs_data
@@ -577,20 +577,22 @@ def test_real_cfp_has_ten_frontal_and_four_profile_images_of_each(real: dict[str
 @needs_data
 def test_199_people_of_cfp_are_people_of_lfw_by_name_23_of_them_spelt_otherwise(real: dict[str, Faces]) -> None:
     ours, theirs = np.unique(real["cfp"].people), np.unique(real["lfw"].people)
-    assert len(faces.overlapping(ours, theirs)) == len(faces.overlapping(theirs, ours)) == 199
-    assert not faces.overlapping(np.unique(real["celeba"].people), [*ours, *theirs])  # it has numbers only
+    assert len(photographs.overlapping(ours, theirs)) == len(photographs.overlapping(theirs, ours)) == 199
+    assert not photographs.overlapping(np.unique(real["celeba"].people), [*ours, *theirs])  # it has numbers only
 
 
 @needs_data
 @pytest.mark.parametrize(
     ("set_name", "pairs_of", "folds", "half"),
     [
-        pytest.param("lfw", lambda here, names: faces.lfw_pairs(here / "lfw/pairs.txt", names), 10, 300, id="View 2"),
         pytest.param(
-            "lfw", lambda here, names: faces.lfw_pairs(here / "lfw/pairsDevTest.txt", names), 1, 500, id="View 1"
+            "lfw", lambda here, names: photographs.lfw_pairs(here / "lfw/pairs.txt", names), 10, 300, id="View 2"
         ),
-        pytest.param("cfp", lambda here, names: faces.cfp_pairs("FF", names), 10, 350, id="FF"),
-        pytest.param("cfp", lambda here, names: faces.cfp_pairs("FP", names), 10, 350, id="FP"),
+        pytest.param(
+            "lfw", lambda here, names: photographs.lfw_pairs(here / "lfw/pairsDevTest.txt", names), 1, 500, id="View 1"
+        ),
+        pytest.param("cfp", lambda here, names: photographs.cfp_pairs("FF", names), 10, 350, id="FF"),
+        pytest.param("cfp", lambda here, names: photographs.cfp_pairs("FP", names), 10, 350, id="FP"),
     ],
 )
 def test_real_pairs(real: dict[str, Faces], set_name: str, pairs_of: Any, folds: int, half: int) -> None:
@@ -608,7 +610,7 @@ def test_real_pairs(real: dict[str, Faces], set_name: str, pairs_of: Any, folds:
 def test_fp_pairs_a_frontal_with_a_profile_and_ff_two_frontal_images(real: dict[str, Faces]) -> None:
     side = np.array([name.split("/")[1] for name in real["cfp"].names.tolist()])
     for kind, second in (("FF", "frontal"), ("FP", "profile")):
-        pairs = faces.cfp_pairs(kind, real["cfp"].names)
+        pairs = photographs.cfp_pairs(kind, real["cfp"].names)
         assert set(side[pairs.left]) == {"frontal"}
         assert set(side[pairs.right]) == {second}
 
@@ -618,6 +620,6 @@ def test_view_1_tests_people_of_view_2_so_settings_are_not_chosen_there(real: di
     people = real["lfw"].people
     seen = []
     for name in ("pairsDevTest.txt", "pairs.txt"):
-        pairs = faces.lfw_pairs(Path(str(REAL)) / "lfw" / name, real["lfw"].names)
+        pairs = photographs.lfw_pairs(Path(str(REAL)) / "lfw" / name, real["lfw"].names)
         seen.append(set(people[pairs.left]) | set(people[pairs.right]))
     assert len(seen[0] & seen[1]) > len(seen[0]) / 2

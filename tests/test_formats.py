@@ -1,7 +1,7 @@
 """The formats of training sets and pair sets, on small ones made here; RecordIO also on bytes put together by hand.
 
 The oracle for RecordIO is the description of the layout in mxnet/recordio.py, dmlc-core's recordio.h and InsightFace's
-face2rec2.py: `by_hand` below writes it with nothing of mvrepro.formats.
+face2rec2.py: `by_hand` below writes it with nothing of mvrepro.images.
 """
 
 import io
@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mvrepro import formats
+from mvrepro import images
 from mvrepro.errors import UserError
-from mvrepro.formats import common, recordio
+from mvrepro.images import recordio, source
 
 SIZE = 16
 IDS = [0, 0, 0, 1, 2, 2]
@@ -30,7 +30,7 @@ IDS = [0, 0, 0, 1, 2, 2]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(common, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(source, "LOCAL", tmp_path / "local")
     return tmp_path / "local" / "formats"
 
 
@@ -45,7 +45,7 @@ IMAGES = [image(seed) for seed in range(len(IDS))]
 PAIRS = list(zip(IMAGES, IDS, strict=True))
 
 
-class Memory(formats.Source):
+class Memory(images.Source):
     """A source out of a list."""
 
     def __init__(self, items: list[tuple[bytes, int]]) -> None:
@@ -96,7 +96,7 @@ def insightface(aligned: bool = True) -> list[tuple[int, bytes]]:
     return records
 
 
-def items(source: formats.Source) -> list[tuple[bytes, int]]:
+def items(source: images.Source) -> list[tuple[bytes, int]]:
     assert source.labels().tolist() == [source[i][1] for i in range(len(source))]
     return [source[i] for i in range(len(source))]
 
@@ -109,8 +109,8 @@ def items(source: formats.Source) -> list[tuple[bytes, int]]:
 def test_a_set_of_insightface_is_read(tmp_path: Path, aligned: bool, index: bool) -> None:
     path = by_hand(tmp_path / "set", insightface(aligned), index)
     for asked in (path, path.parent, str(path.parent)):
-        source = formats.open_images(asked)
-        assert isinstance(source, formats.Records)
+        source = images.open_images(asked)
+        assert isinstance(source, images.Records)
         assert source.header == (7, 10)
         assert items(source) == PAIRS
         assert source[-1] == PAIRS[-1]
@@ -122,14 +122,14 @@ def test_a_set_of_insightface_is_read(tmp_path: Path, aligned: bool, index: bool
 def test_a_set_of_im2rec_has_no_header_and_any_order(tmp_path: Path, index: bool) -> None:
     order = [3, 0, 5, 1, 4, 2]
     records = [(key, record(struct.pack("<IfQQ", 0, IDS[key], key, 0) + IMAGES[key])) for key in order]
-    assert items(formats.open_images(by_hand(tmp_path / "set", records, index))) == PAIRS
+    assert items(images.open_images(by_hand(tmp_path / "set", records, index))) == PAIRS
 
 
 def test_ids_that_are_no_keys_leave_the_order_of_the_file(tmp_path: Path) -> None:
     records = [
         (key, record(struct.pack("<IfQQ", 0, label, 77, 0) + content)) for key, (content, label) in enumerate(PAIRS)
     ]
-    assert items(formats.open_images(by_hand(tmp_path / "set", records, index=False))) == PAIRS
+    assert items(images.open_images(by_hand(tmp_path / "set", records, index=False))) == PAIRS
 
 
 MAGIC = struct.pack("<I", 0xCED7230A)
@@ -152,7 +152,7 @@ def test_records_in_parts_are_joined(tmp_path: Path, index: bool) -> None:
         (1, in_parts(head[1], b"", b"1234", b"")),
         (2, in_parts(struct.pack("<IfQ", 0, 2, 2), b"\0" * 4 + b"tail")),  # the number in id2 itself
     ]
-    source = formats.open_images(by_hand(tmp_path / "set", records, index))
+    source = images.open_images(by_hand(tmp_path / "set", records, index))
     assert items(source) == [(b"abcd" + MAGIC + b"efg", 0), (MAGIC + MAGIC + b"1234" + MAGIC, 1), (b"tail", 2)]
 
 
@@ -178,8 +178,8 @@ def test_frames_are_what_a_reader_of_frames_reads(content: bytes) -> None:
 def test_what_is_written_is_what_insightface_writes(tmp_path: Path) -> None:
     path = tmp_path / "out" / "train.rec"
     shuffled = [PAIRS[i] for i in (4, 0, 3, 1, 5, 2)]
-    formats.write_rec(path, Memory(shuffled))
-    assert sorted(items(formats.open_images(path)), key=lambda p: IMAGES.index(p[0])) == PAIRS
+    images.write_rec(path, Memory(shuffled))
+    assert sorted(items(images.open_images(path)), key=lambda p: IMAGES.index(p[0])) == PAIRS
     read = dict(insightface(aligned=False))  # by key: ours sorts by class, and so does this
     lines = [tuple(map(int, line.split())) for line in path.with_suffix(".idx").read_text().splitlines()]
     assert [key for key, _ in lines] == [*range(1, 7), 0, 7, 8, 9]
@@ -195,13 +195,13 @@ def test_what_is_written_is_what_insightface_writes(tmp_path: Path) -> None:
 
 def test_writing_over_a_set_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train.rec"
-    formats.write_rec(path, Memory(PAIRS))
+    images.write_rec(path, Memory(PAIRS))
     before = path.read_bytes()
     with pytest.raises(UserError, match="is there already"):
-        formats.write_rec(path, Memory(PAIRS[:2]))
+        images.write_rec(path, Memory(PAIRS[:2]))
     path.unlink()
     with pytest.raises(UserError, match=r"train\.idx is there already"):
-        formats.write_rec(path, Memory(PAIRS[:2]))
+        images.write_rec(path, Memory(PAIRS[:2]))
     assert len(before) and not path.exists()
 
 
@@ -213,9 +213,9 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
             return super().__getitem__(i)
 
     with pytest.raises(UserError, match="no more"):
-        formats.write_rec(tmp_path / "out" / "train.rec", Broken(PAIRS))
+        images.write_rec(tmp_path / "out" / "train.rec", Broken(PAIRS))
     with pytest.raises(UserError, match="no more"):
-        formats.write_tars(tmp_path / "tars", Broken(PAIRS))
+        images.write_tars(tmp_path / "tars", Broken(PAIRS))
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
@@ -225,14 +225,14 @@ def test_a_truncated_file_is_named(tmp_path: Path, index: bool, lost: int) -> No
     path = by_hand(tmp_path / "set", insightface(), index)
     path.write_bytes(path.read_bytes()[:-lost])
     with pytest.raises(UserError, match=r"train\.(rec|idx)") as caught:
-        formats.open_images(path)
+        images.open_images(path)
     assert "cut off" in str(caught.value) or "not whole" in str(caught.value)
 
 
 def test_a_truncation_between_records_is_seen_by_the_header(tmp_path: Path) -> None:
     path = by_hand(tmp_path / "set", insightface()[:-1], index=False)
     with pytest.raises(UserError, match=r"announces 6 images and 3 people, but the records found in .* has 9 records"):
-        formats.open_images(path)
+        images.open_images(path)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_wrong_index_is_named(tmp_path: Path, damage, message: str) -> None:
     index = path.with_suffix(".idx")
     index.write_text(damage(index.read_text()), encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        formats.open_images(path)
+        images.open_images(path)
 
 
 def test_a_byte_wrong_in_the_middle_is_named_when_it_is_read(tmp_path: Path) -> None:
@@ -265,12 +265,12 @@ def test_a_byte_wrong_in_the_middle_is_named_when_it_is_read(tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     content[offset] ^= 1
     path.write_bytes(content)
-    source = formats.open_images(path)
+    source = images.open_images(path)
     with pytest.raises(UserError, match=rf"record 2: no record begins at byte {offset}"):
         source[1]
     path.with_suffix(".idx").unlink()
     with pytest.raises(UserError, match=f"no record begins at byte {offset} of"):
-        formats.open_images(path)
+        images.open_images(path)
 
 
 def test_records_that_are_none_are_named(tmp_path: Path) -> None:
@@ -288,17 +288,17 @@ def test_records_that_are_none_are_named(tmp_path: Path) -> None:
         for index in (True, False):
             folder = tmp_path / f"{message}-{index}"
             with pytest.raises(UserError, match=message):
-                formats.open_images(by_hand(folder, [(0, data)] if data else [], index))
+                images.open_images(by_hand(folder, [(0, data)] if data else [], index))
 
 
 def test_people_that_count_wrong_are_named(tmp_path: Path) -> None:
     records = insightface()
     records[-1] = (9, record(struct.pack("<IfQQff", 2, 0, 9, 0, 5, 8)))
     with pytest.raises(UserError, match=r"record 9: \[5.0, 8.0\] are not the keys of a person's images"):
-        formats.open_images(by_hand(tmp_path / "a", records))
+        images.open_images(by_hand(tmp_path / "a", records))
     records[-1] = (9, record(struct.pack("<IfQQff", 2, 0, 9, 0, 6, 7)))
     with pytest.raises(UserError, match="record 5: an image that no person's record counts"):
-        formats.open_images(by_hand(tmp_path / "b", records))
+        images.open_images(by_hand(tmp_path / "b", records))
 
 
 @pytest.mark.parametrize("label", [float("nan"), float("inf"), -1.0, 6.5, 1e30])
@@ -306,10 +306,10 @@ def test_keys_that_are_no_numbers_are_named(tmp_path: Path, label: float) -> Non
     records = insightface()
     records[-1] = (9, record(struct.pack("<IfQQff", 2, 0, 9, 0, label, 7)))
     with pytest.raises(UserError, match=r"record 9: .* are not the keys of a person's images"):
-        formats.open_images(by_hand(tmp_path / "a", records))
+        images.open_images(by_hand(tmp_path / "a", records))
     records[6] = (0, record(struct.pack("<IfQQff", 2, 0, 0, 0, 7, label)))
     with pytest.raises(UserError, match="its header announces"):
-        formats.open_images(by_hand(tmp_path / "b", records))
+        images.open_images(by_hand(tmp_path / "b", records))
 
 
 def test_a_record_damaged_in_the_middle_has_no_class_id(tmp_path: Path) -> None:
@@ -319,36 +319,36 @@ def test_a_record_damaged_in_the_middle_has_no_class_id(tmp_path: Path) -> None:
     content[len(records[0][1])] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="record 1: no record begins"):
-        formats.open_images(path)
+        images.open_images(path)
 
 
 def test_names_of_classes_must_fit(tmp_path: Path) -> None:
-    formats.write_rec(tmp_path / "train.rec", Memory(PAIRS))
+    images.write_rec(tmp_path / "train.rec", Memory(PAIRS))
     (tmp_path / "classes.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2"):
-        formats.open_images(tmp_path)
+        images.open_images(tmp_path)
     for name in ("../out", "", ".", ".."):
         (tmp_path / "classes.txt").write_text(f"a\nb\n{name}\n")
         with pytest.raises(UserError, match="can't be the name of a folder"):
-            formats.write_folder(tmp_path / "x" / "y", formats.open_images(tmp_path))
+            images.write_folder(tmp_path / "x" / "y", images.open_images(tmp_path))
     assert not (tmp_path / "x" / "out").exists()
 
 
 def test_a_changed_file_is_not_read_with_the_old_index(tmp_path: Path, cache: Path) -> None:
     path = by_hand(tmp_path / "set", insightface(), index=False)
-    assert items(formats.open_images(path)) == PAIRS
+    assert items(images.open_images(path)) == PAIRS
     kept = sorted(cache.iterdir())
     assert len(kept) == 2  # offsets and class ids
     for file in kept:  # damaged: made anew
         file.write_bytes(file.read_bytes()[:-8])
-    assert items(formats.open_images(path)) == PAIRS
+    assert items(images.open_images(path)) == PAIRS
     records = [(k, record(struct.pack("<IfQQ", 0, k, k, 0) + IMAGES[k])) for k in range(3)]
     by_hand(path.parent, records, index=False)
-    assert items(formats.open_images(path)) == [(IMAGES[k], k) for k in range(3)]
+    assert items(images.open_images(path)) == [(IMAGES[k], k) for k in range(3)]
 
 
 def test_a_source_goes_to_other_processes(tmp_path: Path) -> None:
-    source = formats.open_images(by_hand(tmp_path / "set", insightface()))
+    source = images.open_images(by_hand(tmp_path / "set", insightface()))
     assert source[0] == PAIRS[0]
     assert pickle.loads(pickle.dumps(source))[5] == PAIRS[5]
     with get_context("fork").Pool(1) as pool:  # spawn would need this module's imports again
@@ -368,13 +368,13 @@ def test_millions_of_records_open_in_seconds_and_stay_on_disk(tmp_path: Path) ->
     cells.tofile(path)
     path.with_suffix(".idx").write_text("".join(f"{k}\t{k * len(cell)}\n" for k in range(count)))
     code = (
-        "import resource, sys, time; from pathlib import Path; from mvrepro.formats import common, Records;"
+        "import resource, sys, time; from pathlib import Path; from mvrepro.images import common, Records;"
         "common.LOCAL = Path(sys.argv[2]); start = time.perf_counter();"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; s = Records(Path(sys.argv[1]));"
         "assert len(s) == 1_000_000 and s[999_999] == (b'face', 999);"
         "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(formats.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(images.__file__).parents[2])}
     for most_seconds, most_kib in ((20, 300_000), (2, 10_000)):
         done = subprocess.run(
             [sys.executable, "-c", code, str(path), str(tmp_path / "kept")],
@@ -403,16 +403,16 @@ def test_a_pair_set_of_either_python_is_read(tmp_path: Path) -> None:
                           ((images, same), [tuple(images), tuple(same)], (images, [1, 0, 1])))]  # fmt: skip
     for content in written:
         (tmp_path / "lfw.bin").write_bytes(content)
-        pairs = formats.read_bin(tmp_path / "lfw.bin")
+        pairs = images.read_bin(tmp_path / "lfw.bin")
         assert (pairs.images, pairs.same.tolist(), pairs.same.dtype) == (images, same, np.bool_)
-    formats.write_bin(tmp_path / "out.bin", pairs)
+    images.write_bin(tmp_path / "out.bin", pairs)
     assert pickle.loads((tmp_path / "out.bin").read_bytes()) == (images, same)
 
 
 @pytest.mark.parametrize("count", [10, 6000, 6007])
 def test_folds_are_those_of_scikit_learn(count: int) -> None:
     model_selection = pytest.importorskip("sklearn.model_selection")
-    folds = formats.Pairs([], np.zeros(count, bool)).folds
+    folds = images.Pairs([], np.zeros(count, bool)).folds
     for number, (_, inside) in enumerate(model_selection.KFold(10).split(np.zeros(count))):
         assert np.flatnonzero(folds == number).tolist() == inside.tolist()
 
@@ -448,7 +448,7 @@ def test_a_pickle_that_asks_for_more_is_refused_and_not_run(
     for protocol in range(6):
         (tmp_path / "x.bin").write_bytes(pickle.dumps(value, protocol))
         with pytest.raises(UserError, match=names):
-            formats.read_bin(tmp_path / "x.bin")
+            images.read_bin(tmp_path / "x.bin")
     assert not (tmp_path / "called").exists()
 
 
@@ -467,27 +467,27 @@ def test_pickles_by_hand_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(UserError, match=r"refused|not a whole pickle"):
-        formats.read_bin(tmp_path / "x.bin")
+        images.read_bin(tmp_path / "x.bin")
     assert not (tmp_path / "called").exists()
 
 
 def test_a_damaged_pair_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
-        formats.read_bin(tmp_path / "lfw.bin")
+        images.read_bin(tmp_path / "lfw.bin")
     whole = pickle.dumps((IMAGES, [True] * 3), 2)
     for content in (b"", whole[:-20], b"JPEG", whole[:100]):
         (tmp_path / "lfw.bin").write_bytes(content)
         with pytest.raises(UserError, match=r"lfw\.bin: not a whole pickle"):
-            formats.read_bin(tmp_path / "lfw.bin")
+            images.read_bin(tmp_path / "lfw.bin")
 
 
 # Folders and tar shards
 
 
 def make_folder(root: Path) -> Path:
-    for name, images in {"b c": IMAGES[:3], "Ångström": IMAGES[4:], "d": IMAGES[3:4]}.items():
+    for name, contents in {"b c": IMAGES[:3], "Ångström": IMAGES[4:], "d": IMAGES[3:4]}.items():
         (root / name / "deeper").mkdir(parents=True)
-        for i, content in enumerate(images):
+        for i, content in enumerate(contents):
             (root / name / ("deeper" if i else ".") / f"{i}.JPG").write_bytes(content)
         (root / name / "notes.txt").write_text("no image")
         (root / name / ".hidden.jpg").write_text("no image")
@@ -495,7 +495,7 @@ def make_folder(root: Path) -> Path:
 
 
 def test_a_folder_of_people_is_read(tmp_path: Path) -> None:
-    source = formats.open_images(make_folder(tmp_path / "people"))
+    source = images.open_images(make_folder(tmp_path / "people"))
     assert source.classes == ["b c", "d", "Ångström"]
     assert items(source) == PAIRS
     assert source.where(4) == str(tmp_path / "people" / "Ångström" / "0.JPG")
@@ -507,7 +507,7 @@ def test_a_folder_of_people_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"0\.JPG can't be read"):
         source[3]
     with pytest.raises(UserError, match=r"people/d: no images there"):
-        formats.open_images(tmp_path / "people")
+        images.open_images(tmp_path / "people")
 
 
 def test_what_is_no_set_is_named(tmp_path: Path) -> None:
@@ -519,14 +519,14 @@ def test_what_is_no_set_is_named(tmp_path: Path) -> None:
         (tmp_path / "no.tar", r"no\.tar can't be read"),
     ):
         with pytest.raises(UserError, match=message):
-            formats.open_images(path)
+            images.open_images(path)
     (tmp_path / "a.rec").touch()
     (tmp_path / "b.tar").touch()
     with pytest.raises(UserError, match="both"):
-        formats.open_images(tmp_path)
+        images.open_images(tmp_path)
     (tmp_path / "b.tar").rename(tmp_path / "b.rec")
     with pytest.raises(UserError, match=r"2 \.rec files"):
-        formats.open_images(tmp_path)
+        images.open_images(tmp_path)
 
 
 def make_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
@@ -551,9 +551,9 @@ def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
         + [("z/a.jpg", IMAGES[2]), ("z/a.cls", b"0")],
     )
     make_tar(tmp_path / "set" / "2.tar", [("a.png", IMAGES[5]), ("a.cls", b"2")])
-    source = formats.open_images(tmp_path / "set")
+    source = images.open_images(tmp_path / "set")
     assert items(source) == PAIRS
-    assert formats.open_images(tmp_path / "set" / "2.tar", renumber=True)[0] == (IMAGES[5], 0)
+    assert images.open_images(tmp_path / "set" / "2.tar", renumber=True)[0] == (IMAGES[5], 0)
     assert source.where(3).startswith(str(tmp_path / "set" / "1.tar"))
 
 
@@ -572,47 +572,47 @@ def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
 )
 def test_a_shard_that_is_wrong_is_named(tmp_path: Path, files: list[tuple[str, bytes]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        formats.open_images(make_tar(tmp_path / "x.tar", files))
+        images.open_images(make_tar(tmp_path / "x.tar", files))
 
 
 def test_a_damaged_or_compressed_shard_is_named(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "x.tar", [("a.cls", b"0"), ("a.jpg", os.urandom(5000))])
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(UserError, match=r"x\.tar: (cut off|not a whole)"):
-        formats.open_images(path)
+        images.open_images(path)
     path.write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match="not a whole, uncompressed tar"):
-        formats.open_images(path)
+        images.open_images(path)
     with tarfile.open(path, "w:gz") as tar:
         tar.add(__file__, "a.jpg")
     with pytest.raises(UserError, match="not a whole, uncompressed tar"):
-        formats.open_images(path)
+        images.open_images(path)
 
 
 def test_every_format_turns_into_every_other(tmp_path: Path) -> None:
-    folder = formats.open_images(make_folder(tmp_path / "people"))
-    formats.write_rec(tmp_path / "rec" / "train.rec", folder)
-    formats.write_tars(tmp_path / "tars", formats.open_images(tmp_path / "rec"), shard_size=4)
+    folder = images.open_images(make_folder(tmp_path / "people"))
+    images.write_rec(tmp_path / "rec" / "train.rec", folder)
+    images.write_tars(tmp_path / "tars", images.open_images(tmp_path / "rec"), shard_size=4)
     assert [p.name for p in sorted((tmp_path / "tars").glob("*.tar"))] == ["000000.tar", "000001.tar"]
-    formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))
-    again = formats.open_images(tmp_path / "again")
+    images.write_folder(tmp_path / "again", images.open_images(tmp_path / "tars"))
+    again = images.open_images(tmp_path / "again")
     assert (items(again), again.classes) == (PAIRS, folder.classes)
-    formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))  # does no harm
+    images.write_folder(tmp_path / "again", images.open_images(tmp_path / "tars"))  # does no harm
     next((tmp_path / "again").rglob("0000001.jpg")).write_bytes(b"another")
     with pytest.raises(UserError, match=r"0000001\.jpg is there already and another image"):
-        formats.write_folder(tmp_path / "again", formats.open_images(tmp_path / "tars"))
+        images.write_folder(tmp_path / "again", images.open_images(tmp_path / "tars"))
     for path in (tmp_path / "rec" / "classes.txt", tmp_path / "tars" / "classes.txt"):
         path.unlink()
-    formats.write_folder(tmp_path / "numbers", formats.open_images(tmp_path / "tars"))
-    assert formats.open_images(tmp_path / "numbers").classes == ["0000000", "0000001", "0000002"]
+    images.write_folder(tmp_path / "numbers", images.open_images(tmp_path / "tars"))
+    assert images.open_images(tmp_path / "numbers").classes == ["0000000", "0000001", "0000002"]
 
 
 def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
-    source = formats.Without(formats.open_images(make_folder(tmp_path / "people")), np.array([1]))
+    source = images.Without(images.open_images(make_folder(tmp_path / "people")), np.array([1]))
     assert items(source) == [PAIRS[i] for i in (0, 1, 2, 4, 5)]
     assert source.where(3).endswith("Ångström/0.JPG")
-    assert formats.Renumbered(source).classes == ["b c", "Ångström"]
-    assert items(formats.Renumbered(source))[3] == (IMAGES[4], 1)
+    assert images.Renumbered(source).classes == ["b c", "Ångström"]
+    assert items(images.Renumbered(source))[3] == (IMAGES[4], 1)
 
 
 # Class ids and decoding
@@ -620,49 +620,49 @@ def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
 
 def test_holes_are_named_or_filled_on_request(tmp_path: Path) -> None:
     old = {0: 3, 1: 4, 2: 9}
-    formats.write_rec(tmp_path / "train.rec", Memory([(content, old[label]) for content, label in PAIRS]))
+    images.write_rec(tmp_path / "train.rec", Memory([(content, old[label]) for content, label in PAIRS]))
     with pytest.raises(UserError, match=r"7 of the class ids 0 … 9 have no image: 0–2, 5–8; .*--renumber"):
-        formats.open_images(tmp_path)
-    source = formats.open_images(tmp_path, renumber=True)
+        images.open_images(tmp_path)
+    source = images.open_images(tmp_path, renumber=True)
     assert items(source) == PAIRS
     assert source.old.tolist() == [3, 4, 9]
     assert source.where(0) == f"{tmp_path / 'train.rec'}, record 1"
-    assert formats.open_images(tmp_path, allow_holes=True).labels().max() == 9
+    assert images.open_images(tmp_path, allow_holes=True).labels().max() == 9
     many = np.arange(0, 40, 2)
     with pytest.raises(UserError, match="19 of the class ids 0 … 38 have no image: 1, 3, 5, 7, 9 and 14 more gaps"):
-        formats.check_ids(many, "set")
+        images.check_ids(many, "set")
 
 
 def test_decoding_gives_pixels_and_ids() -> None:
     for kind in ("PNG", "JPEG"):
         content = image(1, kind=kind)
-        pixels, label = formats.Decoded(Memory([(content, 5)]), size=SIZE)[0]
+        pixels, label = images.Decoded(Memory([(content, 5)]), size=SIZE)[0]
         assert (pixels.dtype, pixels.shape, label) == (np.uint8, (3, SIZE, SIZE), 5)
         assert (pixels.transpose(1, 2, 0) == np.asarray(Image.open(io.BytesIO(content)))).all()
     grey = io.BytesIO()
     Image.new("L", (SIZE, SIZE), 7).save(grey, "PNG")
-    assert (formats.decode(grey.getvalue()) == 7).all()
+    assert (images.decode(grey.getvalue()) == 7).all()
 
 
 def test_an_image_that_does_not_decode_is_skipped_and_counted() -> None:
     bad = [(b"junk", 0), (image(3)[:200], 1), (b"", 2)]
-    data = formats.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=3)
-    whole = formats.Decoded(Memory(PAIRS), size=SIZE)
+    data = images.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=3)
+    whole = images.Decoded(Memory(PAIRS), size=SIZE)
     for _ in range(2):  # the same image counts once
         labels = [data[i][1] for i in range(6)]
     assert (labels, data.bad) == ([0, 0, 2, 2, 2, 2], {2, 3, 4})
     assert (data[2][0] == whole[5][0]).all()
-    strict = formats.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=2)
+    strict = images.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=2)
     with pytest.raises(UserError, match=r"3 images don't decode, more than the limit of 2; the last: image 4: not an"):
         strict[2]
     with pytest.raises(UserError, match="none of the 3 images decodes; one of them: image 0"):
-        formats.Decoded(Memory(bad), size=SIZE)[0]
+        images.Decoded(Memory(bad), size=SIZE)[0]
 
 
 def test_the_last_image_that_does_not_decode_is_followed_by_the_first() -> None:
-    assert formats.Decoded(Memory([PAIRS[3], (b"junk", 9)]), size=SIZE)[1][1] == 1
+    assert images.Decoded(Memory([PAIRS[3], (b"junk", 9)]), size=SIZE)[1][1] == 1
 
 
 def test_an_image_of_another_size_is_an_error() -> None:
     with pytest.raises(UserError, match="image 0: 16×16 pixels, expected 112×112"):
-        formats.Decoded(Memory(PAIRS))[0]
+        images.Decoded(Memory(PAIRS))[0]

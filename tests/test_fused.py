@@ -1,4 +1,4 @@
-"""mvrepro.fused against the dense head and the oracle; its memory; batches that could break it."""
+"""mvrepro.heads.sweep against the dense head and the oracle; its memory; batches that could break it."""
 
 import itertools
 import math
@@ -33,9 +33,10 @@ from test_losses import (
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvrepro import fused
-from mvrepro.fused import KEEP, SGD, fused_losses, pick
-from mvrepro.losses import MarginHead, mine
+from mvrepro.heads import sweep as module
+from mvrepro.heads.margin import MarginHead
+from mvrepro.heads.sweep import KEEP, SGD, fused_losses, pick
+from mvrepro.losses import mine
 
 ODD = (6, 10, 4)  # B, K, D: chunks of 3 and 7 don't divide K
 MIDDLE = (64, 2000, 64)
@@ -350,7 +351,7 @@ def test_compiled_chunks(monkeypatch):
         for t in (0.0, 0.1, 0.2, 0.3):
             expected = sweep(name, data, s=s, t=t)
             with monkeypatch.context() as patch:
-                patch.setattr(fused, "COMPILED", {"cpu"})
+                patch.setattr(module, "COMPILED", {"cpu"})
                 assert_close(sweep(name, data, s=s, t=t), expected, 1e-12, (name, s, t))
 
 
@@ -444,7 +445,7 @@ def test_memory(name, keep):
 @pytest.mark.parametrize("name", ["MV-AM-Softmax-a", "HM-Arc-Softmax", "F-Softmax"])
 @both_dtypes
 def test_update_in_backward_is_sgd(name, settings, dtype, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK_BYTES", {"cpu": 128})  # several chunks
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 128})  # several chunks
     options = dict(zip(("lr", "momentum", "weight_decay"), settings, strict=True))
     data = draw(ODD)
     head, plain = (make_head(name, data, dtype, backend="fused") for _ in range(2))
@@ -469,7 +470,7 @@ def test_update_in_backward_leaves_no_gradient_in_memory():
     head.update_in_backward(lr=0.1, momentum=0.9)
     x, y = torch.tensor(data[0], dtype=torch.float32, requires_grad=True), torch.tensor(data[2])
     with pytest.MonkeyPatch.context() as patch, Storages(x, head.weight, head.momentum, y) as storages:
-        patch.setattr(fused, "CHUNK_BYTES", {"cpu": 4 * B * 100})
+        patch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * B * 100})
         head(x, y).backward()
     assert max(size for size, _ in storages.made) < 4 * K * D / 10
     assert head.weight.grad is None
@@ -547,12 +548,12 @@ def test_errors():
 
 
 def test_pick(monkeypatch):
-    monkeypatch.setattr(fused, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**30)
     weight = lambda classes: torch.empty(classes, 1)
     assert pick(128, weight(2048)) == ("dense", "float32")
     assert pick(128, weight(86_876)) == ("fused", "float32")
     assert pick(512, weight(86_876)) == ("fused", "none")  # 170 MiB of the 128 that are an eighth
-    monkeypatch.setattr(fused, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**40)
     assert pick(512, weight(86_876)) == ("fused", "float32")
     assert pick(128, weight(1_000_000)) == ("fused", "none")
 
@@ -563,11 +564,11 @@ def test_auto_says_what_it_picked(monkeypatch):
     assert repr(head).endswith("backend=auto)")
     head(x, y)
     assert repr(head).endswith("backend=auto (last: dense))")
-    monkeypatch.setattr(fused, "CHUNK_BYTES", {"cpu": 2**10})
-    monkeypatch.setattr(fused, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 2**10})
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**30)
     head(x, y)
     assert repr(head).endswith("backend=auto (last: fused, keep=float32))")
-    monkeypatch.setattr(fused, "free_memory", lambda device: 0)
+    monkeypatch.setattr(module, "free_memory", lambda device: 0)
     head(x, y)
     assert head.picked == "fused, keep=none"
     head.keep = "float16"
@@ -576,7 +577,7 @@ def test_auto_says_what_it_picked(monkeypatch):
 
 
 def test_nobody_asks_for_the_free_memory_where_nothing_hangs_on_it(monkeypatch):
-    monkeypatch.setattr(fused, "free_memory", lambda device: pytest.fail("asked"))
+    monkeypatch.setattr(module, "free_memory", lambda device: pytest.fail("asked"))
     x, y = torch.randn(8, 4), torch.arange(8)
     for backend, keep in [("dense", None), ("fused", "none"), ("fused", "float16"), ("auto", None)]:
         MarginHead("AM-Softmax", 4, 1000, backend=backend, keep=keep)(x, y)
@@ -589,7 +590,7 @@ def test_nobody_asks_for_the_free_memory_where_nothing_hangs_on_it(monkeypatch):
     ids=["square", "falling", "flat"],
 )
 def test_an_emphasis_that_is_no_rising_line_is_refused(monkeypatch, form):
-    monkeypatch.setattr(fused, "emphasise", lambda h, cos, t: form(cos, t))
+    monkeypatch.setattr(module, "emphasise", lambda h, cos, t: form(cos, t))
     head = make_head("MV-AM-Softmax-a", draw(ODD))
     x, _, y = (torch.tensor(part) for part in draw(ODD))
     with pytest.raises(NotImplementedError, match=r"h='adaptive' is no rising line .* backend='dense'"):
@@ -603,7 +604,7 @@ def test_auto_is_dense_for_the_shapes_of_the_profiles():
 
 
 def test_free_memory():
-    free = fused.free_memory(torch.device("cpu"))
+    free = module.free_memory(torch.device("cpu"))
     assert isinstance(free, int) and 0 <= free < 2**50
 
 

@@ -15,19 +15,9 @@ from oracle import Answer, oracle
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from mvrepro import fused
-from mvrepro.losses import (
-    DEFAULT_MARGIN,
-    LOSSES,
-    MarginHead,
-    combined_margin,
-    emphasise,
-    indicator,
-    margin,
-    mine,
-    normalise,
-    sine,
-)
+from mvrepro.heads import sweep
+from mvrepro.heads.margin import MarginHead
+from mvrepro.losses import DEFAULT_MARGIN, LOSSES, combined_margin, emphasise, indicator, margin, mine, normalise, sine
 
 # The table of the design, once more: name -> (f, h, g).
 TABLE = {
@@ -76,7 +66,7 @@ def backend(request):
     HOW["backend"] = getattr(request, "param", "dense")
     with pytest.MonkeyPatch.context() as patch:
         if HOW["backend"] == "fused":
-            patch.setattr(fused, "CHUNK_BYTES", {"cpu": 128})
+            patch.setattr(sweep, "CHUNK_BYTES", {"cpu": 128})
         yield
     HOW["backend"] = "dense"
 

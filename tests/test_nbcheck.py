@@ -1,4 +1,4 @@
-"""The gate has teeth: notebooks in tests/notebooks/ that must pass or fail, and each rule of mvrepro.nbcheck alone."""
+"""The gate has teeth: notebooks in tests/notebooks/ that must pass or fail, and each rule of pages.check alone."""
 
 import base64
 import copy
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvrepro import nbcheck
+from mvrepro.pages import check
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "tests" / "notebooks"
@@ -43,7 +43,7 @@ def run_nbval(*arguments: str) -> subprocess.CompletedProcess[str]:
     """nbval with the plugin in a process of its own, untouched by the options of the pytest that runs this test."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    options = ["-p", "mvrepro.nbcheck", "-p", "no:cacheprovider", "-o", "addopts=", "--color=no", "-q", "-rfE"]
+    options = ["-p", "mvrepro.pages.check", "-p", "no:cacheprovider", "-o", "addopts=", "--color=no", "-q", "-rfE"]
     command = [sys.executable, "-m", "pytest", *options, "--nbval", "--nbval-current-env", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -84,14 +84,14 @@ words = st.text(string.ascii_letters + " ,:()[]%|<>/", max_size=12).map(lambda t
 def test_noise_agrees(before: str, value: float, noise: float, after: str) -> None:
     noisy = value * (1 + noise)
     if abs(noisy) < 1e300:
-        assert nbcheck.difference(f"{before}{value!r} {after}", f"{before}{noisy!r} {after}") is None
+        assert check.difference(f"{before}{value!r} {after}", f"{before}{noisy!r} {after}") is None
 
 
 @given(words, st.floats(1e-4, 1e12), st.floats(1e-4, 10), st.sampled_from([1, -1]), st.sampled_from([1, -1]), words)
 def test_changed_number_differs(before: str, size: float, change: float, sign: int, way: int, after: str) -> None:
     value = sign * size
     changed = value * (1 + way * change)
-    assert nbcheck.difference(f"{before}{value!r} {after}", f"{before}{changed!r} {after}")
+    assert check.difference(f"{before}{value!r} {after}", f"{before}{changed!r} {after}")
 
 
 @given(words, st.floats(), st.integers(), words, st.data())
@@ -101,8 +101,8 @@ def test_changed_letter_or_integer_differs(
     text = f"{before}x{value!r} {value!r} of {count} {after}"
     place = data.draw(st.sampled_from([place for place, letter in enumerate(text) if letter in string.ascii_letters]))
     letter = data.draw(st.sampled_from(string.ascii_letters).filter(lambda letter: letter != text[place]))
-    assert nbcheck.difference(text, text[:place] + letter + text[place + 1 :])
-    assert nbcheck.difference(text, text.replace(f" of {count} ", f" of {count + 1} "))
+    assert check.difference(text, text[:place] + letter + text[place + 1 :])
+    assert check.difference(text, text.replace(f" of {count} ", f" of {count + 1} "))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_changed_letter_or_integer_differs(
     ],
 )
 def test_texts_that_agree(recorded: str, computed: str) -> None:
-    assert nbcheck.difference(recorded, computed) is None
-    assert nbcheck.difference(computed, recorded) is None
+    assert check.difference(recorded, computed) is None
+    assert check.difference(computed, recorded) is None
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_texts_that_agree(recorded: str, computed: str) -> None:
     ],
 )
 def test_texts_that_differ(recorded: str, computed: str) -> None:
-    assert nbcheck.difference(recorded, computed)
-    assert nbcheck.difference(computed, recorded)
+    assert check.difference(recorded, computed)
+    assert check.difference(computed, recorded)
 
 
 # The rules, on notebooks made here
@@ -248,14 +248,14 @@ SOURCE_RULES: list[tuple[str, Change]] = [
 
 
 def test_good_source_has_no_problem(tmp_path: Path) -> None:
-    assert nbcheck.source_problems(write(tmp_path / "a.ipynb", source_cells())) == []
+    assert check.source_problems(write(tmp_path / "a.ipynb", source_cells())) == []
 
 
 @pytest.mark.parametrize(("problem", "change"), SOURCE_RULES)
 def test_rule_for_sources(tmp_path: Path, problem: str, change: Change) -> None:
     cells = source_cells()
     change(cells)
-    found = nbcheck.source_problems(write(tmp_path / "a.ipynb", cells))
+    found = check.source_problems(write(tmp_path / "a.ipynb", cells))
     assert any(problem in line for line in found), found
 
 
@@ -272,7 +272,7 @@ def test_rule_for_sources(tmp_path: Path, problem: str, change: Change) -> None:
 def test_harmless_code_passes(tmp_path: Path, source: str) -> None:
     cells = source_cells()
     cells[-1]["source"] = source
-    assert nbcheck.source_problems(write(tmp_path / "a.ipynb", cells)) == []
+    assert check.source_problems(write(tmp_path / "a.ipynb", cells)) == []
 
 
 EXECUTED_RULES: list[tuple[str, Change]] = [
@@ -322,7 +322,7 @@ def checked(tmp_path: Path) -> Callable[..., list[str]]:
 
     def problems(cells: list[Node], **metadata: object) -> list[str]:
         executed = write(tmp_path / "results" / "executed" / "quick" / "a.ipynb", cells, **metadata)
-        return nbcheck.executed_problems(executed, source, figures)
+        return check.executed_problems(executed, source, figures)
 
     return problems
 
@@ -350,6 +350,6 @@ def test_papermill_metadata_of_the_notebook(checked: Callable[..., list[str]]) -
 def test_without_a_source_or_figures(tmp_path: Path) -> None:
     path = write(tmp_path / "a.ipynb", executed_cells())
     for figures in (None, tmp_path / "nowhere"):
-        (problem,) = nbcheck.executed_problems(path, None, figures)
+        (problem,) = check.executed_problems(path, None, figures)
         assert "is not one that results/figures/ records" in problem
-    assert "has no source notebooks/a.ipynb" in nbcheck.executed_problems(path, tmp_path / "notebooks/a.ipynb", None)[0]
+    assert "has no source notebooks/a.ipynb" in check.executed_problems(path, tmp_path / "notebooks/a.ipynb", None)[0]

@@ -1,10 +1,10 @@
-"""Every notebook of the project obeys the rules of mvrepro.nbcheck; nothing is executed here."""
+"""Every notebook of the project obeys the rules of mvrepro.pages.check; nothing is executed here."""
 
 from pathlib import Path
 
 import pytest
 
-from mvrepro.nbcheck import executed_problems, source_problems
+from mvrepro.pages.check import executed_problems, source_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))

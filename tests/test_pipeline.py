@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from mvrepro.commands.reproduce import pages, sampled
-from mvrepro.compare import compare
 from mvrepro.errors import UserError
+from mvrepro.evidence.compare import compare
 from mvrepro.pipeline import Memory, Pipeline, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,7 +185,9 @@ def test_the_bits_of_a_sample_are_those_of_its_committed_runs(tmp_path, monkeypa
     record = {"config": {"seed": 0}, "metrics": {"rank1": 0.5}, "curve": {"loss": [1.0]}}
     for path in (known, new):
         path.write_text(json.dumps(record))
-    monkeypatch.setattr("mvrepro.compare.committed", lambda path: {known: json.dumps(record).encode()}.get(path))
+    monkeypatch.setattr(
+        "mvrepro.evidence.compare.committed", lambda path: {known: json.dumps(record).encode()}.get(path)
+    )
     stages = [Stage(path.stem, "command", (), (), (path,)) for path in (known, new)]
     both = compare(stages)
     assert both.same_bits and len(both.new) == 1

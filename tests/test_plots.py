@@ -4,8 +4,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from mvrepro import plots
 from mvrepro.losses import Loss
+from mvrepro.pages import plots
 
 matplotlib.use("Agg")
 

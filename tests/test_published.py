@@ -1,9 +1,9 @@
-"""mvrepro.published and the numbers in paper/published.toml."""
+"""mvrepro.evidence.published and the numbers in paper/published.toml."""
 
 import pytest
 
-from mvrepro import published
 from mvrepro.errors import UserError
+from mvrepro.evidence import published
 
 FILE = """
 [marks]

@@ -1,4 +1,4 @@
-"""mvrepro.scale on 1, 2 and 3 real processes: killed and resumed to the bit, fed from files, and given bad input."""
+"""mvrepro.training on 1, 2 and 3 real processes: killed and resumed to the bit, fed from files, and given bad input."""
 
 import io
 import json
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvrepro import formats
+from mvrepro import images
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
-from mvrepro.scale.config import ScaleConfig, check, emphasis, rate
-from mvrepro.scale.data import Order, coins
-from mvrepro.scale.logs import Logs
+from mvrepro.training.batches import Order, coins
+from mvrepro.training.config import ScaleConfig, check, emphasis, rate
+from mvrepro.training.logs import Logs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -157,8 +157,8 @@ def faces(tmp_path_factory):
     (root / "people" / "p1" / "13.png").write_bytes(b"none")
     same = np.arange(20) % 2 == 0
     images = [png(100 + i // 2 if same[i // 2] else 200 + i) for i in range(40)]
-    formats.write_bin(root / "pairs.bin", formats.Pairs(images, same))
-    formats.write_rec(root / "rec" / "train.rec", formats.open_images(root / "people"))
+    images.write_bin(root / "pairs.bin", images.Pairs(images, same))
+    images.write_rec(root / "rec" / "train.rec", images.open_images(root / "people"))
     return root
 
 
@@ -188,8 +188,8 @@ def test_bad_input_is_one_readable_message(tmp_path, faces):
     """For each: nothing is trained, the exit code tells, and rank 0 alone speaks."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "wrong.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
-    source = formats.open_images(faces / "people")
-    formats.write_rec(tmp_path / "holes" / "train.rec", formats.Without(source, np.array([2, 3])))
+    source = images.open_images(faces / "people")
+    images.write_rec(tmp_path / "holes" / "train.rec", images.Without(source, np.array([2, 3])))
     cases = [
         ("unknown loss 'Hardmax'; known are: Softmax", 1, ["--loss", "Hardmax"], SET),
         ("unknown backbone 'vit'; known are: iresnet-18", 1, ["--backbone", "vit"], SET),

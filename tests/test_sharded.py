@@ -1,4 +1,4 @@
-"""mvrepro.sharded on 1, 2 and 4 real processes, started by torchrun as a user would; gloo, since it needs no GPU."""
+"""heads.sharded on 1, 2 and 4 real processes, started by torchrun as a user would; gloo, since it needs no GPU."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvrepro.sharded import ShardedHead
+from mvrepro.heads.sharded import ShardedHead
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [

@@ -1,4 +1,4 @@
-"""mvrepro.stats, mvrepro.runs and mvrepro.claims: from made-up runs to the verdicts that follow from them."""
+"""evidence.stats, evidence.runs and evidence.claims: from made-up runs to the verdicts that follow from them."""
 
 import json
 import re
@@ -10,11 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
-from mvrepro import claims, claims_table, plots, published, report, runs
 from mvrepro.errors import UserError
+from mvrepro.evidence import claims, claims_table, published, runs
+from mvrepro.evidence.stats import bootstrap_people, detectable_difference, holm, mean_interval, paired_difference
 from mvrepro.losses import LOSSES
+from mvrepro.pages import plots, report
 from mvrepro.pipeline import Pipeline
-from mvrepro.stats import bootstrap_people, detectable_difference, holm, mean_interval, paired_difference
 
 METRIC = "tpr@fpr=0.01"
 

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mvrepro import data, faces, protocols, tasks
+from mvrepro import protocols
 from mvrepro.commands.train import profile_settings
-from mvrepro.data import Images
 from mvrepro.errors import UserError
-from mvrepro.faces import Faces, same_name
-from mvrepro.tasks import Task
-from mvrepro.train import TrainConfig, load
+from mvrepro.images import photographs
+from mvrepro.images.photographs import Faces, same_name
+from mvrepro.images.small import Images
+from mvrepro.training import tasks
+from mvrepro.training.tasks import Task
+from mvrepro.training.train import TrainConfig, load
 
 REAL = os.environ.get("MVREPRO_DATA")
 NO_DATA = "MVREPRO_DATA is not set: the tasks are tested on made-up sets only"
@@ -47,7 +49,7 @@ class World:
     def load(self, name: str, remove: str = "overlap", seed: int = 0, fprs: tuple[float, ...] = FPRS) -> Task:
         with pytest.MonkeyPatch.context() as patch:
             for key, found in self.sets.items():
-                patch.setattr(faces, key, lambda size, found=found: found)
+                patch.setattr(photographs, key, lambda size, found=found: found)
             return tasks.load(name, seed=seed, image_size=1, fprs=fprs, remove=remove)
 
     def overlap(self, name: str) -> set[str]:
@@ -133,8 +135,8 @@ def made_up(root: Path) -> World:
 def really() -> World:
     """The real sets, none of whose images is opened."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faces, "_pixels", lambda paths, size, here: np.zeros((len(paths), 3, 1, 1), np.uint8))
-        return World(Path(str(REAL)), numbered({name: getattr(faces, name)(1) for name in SETS}))
+        patch.setattr(photographs, "_pixels", lambda paths, size, here: np.zeros((len(paths), 3, 1, 1), np.uint8))
+        return World(Path(str(REAL)), numbered({name: getattr(photographs, name)(1) for name in SETS}))
 
 
 REAL_WORLD = pytest.param("real", marks=pytest.mark.skipif(not REAL, reason=NO_DATA))
@@ -279,7 +281,7 @@ def test_a_damaged_list_is_found_before_anything_is_trained(tmp_path: Path, monk
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_every_task_tests_on_others_and_judges_in_shares(small: World, name: str, monkeypatch: Any) -> None:
     for key, found in small.sets.items():
-        monkeypatch.setattr(faces, key, lambda size, found=found: found)
+        monkeypatch.setattr(photographs, key, lambda size, found=found: found)
     settings = profile_settings("quick") | {"profile": "quick", "loss": "Softmax", "seed": 0, "data": name}
     task = load(TrainConfig(**settings))
     assert task.train.ids.dtype == np.int64
@@ -378,11 +380,11 @@ def test_dev_metrics_are_of_the_dev_people_alone(small: World, name: str) -> Non
     assert {k for k, v in task.judge(changed, WEIGHTS)[0].items() if v != metrics[k]} <= {"dev_tpr@fpr=0.001", "rank1"}
 
 
-def kfold_parts(world: World, name: str) -> list[tuple[str, faces.Pairs]]:
+def kfold_parts(world: World, name: str) -> list[tuple[str, photographs.Pairs]]:
     names = world.sets[name].names
     if name == "lfw":
-        return [("lfw", faces.lfw_pairs(world.folder / "lfw/pairs.txt", names))]
-    return [(f"cfp_{kind.lower()}", faces.cfp_pairs(kind, names)) for kind in ("FF", "FP")]
+        return [("lfw", photographs.lfw_pairs(world.folder / "lfw/pairs.txt", names))]
+    return [(f"cfp_{kind.lower()}", photographs.cfp_pairs(kind, names)) for kind in ("FF", "FP")]
 
 
 def words(text: str) -> np.ndarray:
@@ -503,7 +505,7 @@ def test_real_cfp_is_judged(world: World) -> None:
 
 def test_orl_is_judged_over_all_pairs_of_the_test_embeddings() -> None:
     task = tasks.load("orl", seed=3, image_size=8, train_people=30, fprs=(0.5, 0.01))
-    train, test = data.split_people(data.orl(8), 30, 3)
+    train, test = small.split_people(small.orl(8), 30, 3)
     for ours, theirs in ((task.train, train), (task.test, test)):
         assert np.array_equal(ours.pixels, theirs.pixels)
         assert np.array_equal(ours.ids, theirs.ids)
@@ -522,7 +524,7 @@ def on_circle(*degrees: float) -> np.ndarray:
 
 def test_digits_are_judged_by_the_nearest_class_weight_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     few = Images(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 1, 2, 2]))
-    monkeypatch.setattr(data, "split_images", lambda images, share, seed: (images, few))
+    monkeypatch.setattr(small, "split_images", lambda images, share, seed: (images, few))
     task = tasks.load("digits", seed=0)
     weights = np.array([[9], [1], [0.1]], np.float32) * on_circle(0, 120, 240)
     embeddings = np.array([[1], [50], [0.01], [1]], np.float32) * on_circle(59, 61, 181, 10)  # nearest: 0, 1, 2, 0
@@ -539,7 +541,7 @@ def test_an_embedding_of_zeros_is_no_error_for_digits() -> None:
 
 def test_digits_are_a_quarter_held_out() -> None:
     task = tasks.load("digits", seed=5)
-    train, test = data.split_images(data.digits(), 0.25, 5)
+    train, test = small.split_images(small.digits(), 0.25, 5)
     assert np.array_equal(task.train.pixels, train.pixels)
     assert np.array_equal(task.test.pixels, test.pixels)
     assert np.array_equal(task.test.ids, test.ids)

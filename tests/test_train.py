@@ -18,13 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mvrepro import backbones, train
-from mvrepro.checkpoint import load_checkpoint, save_checkpoint
-from mvrepro.data import Images
+from mvrepro import networks
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
-from mvrepro.losses import LOSSES, MarginHead
-from mvrepro.train import Diverged, TrainConfig
+from mvrepro.heads.margin import MarginHead
+from mvrepro.images.small import Images
+from mvrepro.losses import LOSSES
+from mvrepro.training import train
+from mvrepro.training.train import Diverged, TrainConfig
+from mvrepro.training.weights import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -182,7 +184,7 @@ def test_what_was_trained_before_does_not_matter(config_of: Any) -> None:
 def test_another_process_gives_the_same_bits() -> None:
     code = """
 import json, sys
-from mvrepro import train
+from mvrepro.training import train
 records = [train.train(train.TrainConfig(**settings)) for settings in json.loads(sys.argv[1])]
 print(json.dumps([[record["metrics"], record["curve"]] for record in records]))
 """
@@ -428,10 +430,10 @@ def test_a_checkpoint_holds_every_bit_and_the_settings(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model.safetensors", backbone, head, config)
     other_backbone, other_head, _ = modules(dataclasses.replace(config, seed=4))
     images = train.normalise_pixels(test_set)
-    expected = backbones.embed(backbone, images, mirror=True)
-    assert not torch.equal(backbones.embed(other_backbone, images, mirror=True), expected)
+    expected = networks.embed(backbone, images, mirror=True)
+    assert not torch.equal(networks.embed(other_backbone, images, mirror=True), expected)
     load_checkpoint(tmp_path / "model.safetensors", other_backbone, other_head)
-    assert torch.equal(backbones.embed(other_backbone, images, mirror=True), expected)
+    assert torch.equal(networks.embed(other_backbone, images, mirror=True), expected)
     assert torch.equal(other_head.weight, head.weight)
     assert other_head.step == 0  # a warm-up of t starts anew
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -668,25 +670,25 @@ def test_flip_adds_the_mirror_image_at_the_test(tmp_path: Path, flip: bool) -> N
 def test_embedding_in_parts_and_with_mirror_images(config_of: Any) -> None:
     backbone, _, test_set = modules(config_of())
     images = train.normalise_pixels(test_set)
-    whole = backbones.embed(backbone, images, mirror=False, batch_size=1000)
+    whole = networks.embed(backbone, images, mirror=False, batch_size=1000)
     assert not backbone.training
     assert whole.shape == (len(test_set), config_of().embedding_dim)
-    torch.testing.assert_close(backbones.embed(backbone, images, mirror=False, batch_size=7), whole)
-    mirrored = backbones.embed(backbone, images.flip(-1), mirror=False)
-    both = backbones.embed(backbone, images, mirror=True)
+    torch.testing.assert_close(networks.embed(backbone, images, mirror=False, batch_size=7), whole)
+    mirrored = networks.embed(backbone, images.flip(-1), mirror=False)
+    both = networks.embed(backbone, images, mirror=True)
     torch.testing.assert_close(both, whole + mirrored)
-    torch.testing.assert_close(backbones.embed(backbone, images.flip(-1), mirror=True), both)
+    torch.testing.assert_close(networks.embed(backbone, images.flip(-1), mirror=True), both)
 
 
 @pytest.mark.parametrize("side", [16, 23, 32, 112])
-@pytest.mark.parametrize("name", ["toy", *backbones.IRESNETS])
+@pytest.mark.parametrize("name", ["toy", *networks.IRESNETS])
 def test_networks_take_images_of_any_size(name: str, side: int) -> None:
-    network = backbones.build(name, in_channels=3, image_size=side, embedding_dim=6)
+    network = networks.build(name, in_channels=3, image_size=side, embedding_dim=6)
     found = network(torch.randn(2, 3, side, side))
     assert found.shape == (2, 6)
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    assert backbones.parameter_count(network) == sum(p.numel() for p in network.parameters())
+    assert networks.parameter_count(network) == sum(p.numel() for p in network.parameters())
 
 
 # On a GPU
@@ -715,7 +717,7 @@ def test_a_seed_gives_the_same_bits_on_a_gpu() -> None:
     """CUBLAS_WORKSPACE_CONFIG must be set before CUDA starts, so this takes a process of its own."""
     code = """
 import json, sys
-from mvrepro import train
+from mvrepro.training import train
 config = train.TrainConfig(**json.loads(sys.argv[1]))
 records = [train.train(config) for _ in range(2)]
 first, second = ([record["metrics"], record["curve"]] for record in records)

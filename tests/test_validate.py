@@ -41,7 +41,7 @@ def test_a_mutated_formula_fails(tree, old, new):
 
 
 def test_a_stale_plot_helper_fails(tree):
-    replace(tree, "mvrepro/plots.py", "DPI = 150", "DPI = 151")
+    replace(tree, "mvrepro/pages/plots.py", "DPI = 150", "DPI = 151")
     code, output = make(tree, "validate", "NB=01")
     assert code != 0
     assert "stale: quick-01" in output

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     for name in ENVIRONMENT:  # what makes bits repeatable makes products slow
         os.environ.pop(name, None)
-    from mvrepro import bench
+    from benchmarks import head as bench
     from mvrepro.provenance import provenance
 
     if bool(arguments.batch) != bool(arguments.classes):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mvrepro import claims_table
+from mvrepro.evidence import claims_table
 from mvrepro.files import display, write_atomic
 
 

@@ -14,7 +14,8 @@ FETCH = """example:
 PREPARE = """needs pip install "mvrepro[align]"; about 20 photos a second on a free core.
 A call that was stopped goes on where it was."""
 RULE = """The rule: names are the same when they are so with blanks for underscores, one blank for several,
-without case, and by the spellings in mvrepro.faces.SPELLINGS. Nothing else: no initials, accents or order."""
+without case, and by the spellings in mvrepro.images.photographs.SPELLINGS. Nothing else: no initials, no accents,
+no other order."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    from mvrepro.fetch import fetch_lfw
+    from mvrepro.images.fetch import fetch_lfw
 
     photos = fetch_lfw(arguments.out)
     print(f"LFW's lists are in {arguments.out / 'lfw'}, its photos in {photos}; to align them:")
@@ -74,7 +75,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from mvrepro.align import prepare
+    from mvrepro.images.align import prepare
 
     counts = prepare(arguments.raw, arguments.out, pick=arguments.pick)
     print(
@@ -89,9 +90,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from mvrepro import formats
+    from mvrepro import images
 
-    source = formats.open_images(arguments.set, allow_holes=True)
+    source = images.open_images(arguments.set, allow_holes=True)
     labels = source.labels()
     counts = np.bincount(labels)
     present = counts[counts > 0]
@@ -100,7 +101,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"images a person: {low:,} at least, {middle:,} in the median, {high:,} at most")
     print(histogram(present))
     try:
-        formats.check_ids(labels, "class ids")
+        images.check_ids(labels, "class ids")
         print(f"class ids: 0 … {len(counts) - 1}, none without an image")
     except UserError as error:
         print(error)
@@ -109,7 +110,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     bad, sizes = [], set()
     for i in tqdm(range(len(source)), "decoding", leave=False, disable=None):
         try:
-            sizes.add(formats.decode(source[i][0]).shape[1:])
+            sizes.add(images.decode(source[i][0]).shape[1:])
         except ValueError as error:
             bad.append(f"{source.where(i)}: {error}")
     print("sizes: " + ", ".join(f"{width}×{height}" for height, width in sorted(sizes)))
@@ -132,7 +133,7 @@ def histogram(counts: Any) -> str:
 
 
 def _overlap(arguments: argparse.Namespace) -> int:
-    from mvrepro.faces import overlapping
+    from mvrepro.images.photographs import overlapping
 
     names, others = (names_of(path) for path in (arguments.names, arguments.others))
     shared = overlapping(names, others)
@@ -149,7 +150,7 @@ def _overlap(arguments: argparse.Namespace) -> int:
 
 def names_of(path: Path) -> list[str]:
     """The names of a list, each once, or of the folders in a folder."""
-    from mvrepro.faces import read_names
+    from mvrepro.images.photographs import read_names
 
     if not path.is_dir():
         return read_names(path)
@@ -162,14 +163,14 @@ def names_of(path: Path) -> list[str]:
 def _convert(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from mvrepro import formats
+    from mvrepro import images
 
     removed: list[str] = []
-    source = formats.open_images(
+    source = images.open_images(
         arguments.set, renumber=arguments.renumber, allow_holes=arguments.without is not None or arguments.to != "rec"
     )
     if arguments.without:
-        from mvrepro.faces import overlapping
+        from mvrepro.images.photographs import overlapping
 
         if source.classes is None:
             raise UserError(
@@ -177,15 +178,15 @@ def _convert(arguments: argparse.Namespace) -> int:
             )
         removed = sorted(overlapping(source.classes, names_of(arguments.without)))
         numbers = np.array([source.classes.index(name) for name in removed], np.int64)
-        source = formats.Renumbered(formats.Without(source, numbers))
+        source = images.Renumbered(images.Without(source, numbers))
         if not len(source):
             raise UserError(f"{arguments.without} names everybody in {arguments.set}: nothing would be left")
     if arguments.to == "rec":
-        formats.write_rec(arguments.out / "train.rec", source)
+        images.write_rec(arguments.out / "train.rec", source)
     elif arguments.to == "tar":
-        formats.write_tars(arguments.out, source)
+        images.write_tars(arguments.out, source)
     else:
-        formats.write_folder(arguments.out, source)
+        images.write_folder(arguments.out, source)
     people = len(np.unique(source.labels()))
     left_out = f"; {len(removed):,} people were left out" if arguments.without else ""
     print(f"wrote {len(source):,} images of {people:,} people to {arguments.out}{left_out}")

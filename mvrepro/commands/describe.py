@@ -29,17 +29,20 @@ def describe() -> dict[str, Any]:
     the accuracy on them without any network: the cosine of the pixels, less the mean of CelebA's."""
     import numpy as np
 
-    from mvrepro import faces, protocols
+    from mvrepro import protocols
+    from mvrepro.images import photographs
 
-    lfw, cfp, celeba = faces.lfw(SIZE), faces.cfp(SIZE), faces.celeba(SIZE)
+    lfw, cfp, celeba = photographs.lfw(SIZE), photographs.cfp(SIZE), photographs.celeba(SIZE)
     sets = {}
     for name, chosen in (("LFW", lfw), ("CFP", cfp), ("CelebA", celeba)):
         counts = np.unique(chosen.people, return_counts=True)[1]
         sets[name] = {"images": len(chosen), "people": len(counts)}
         sets[name] |= {f"people with {n} images at least": int((counts >= n).sum()) for n in (2, 3, 10)}
-    view1 = faces.lfw_pairs(faces.folder("lfw") / "pairsDevTest.txt", lfw.names)
-    view2 = faces.lfw_pairs(faces.folder("lfw") / "pairs.txt", lfw.names)
-    lists = {"lfw": (view2, lfw)} | {f"cfp_{k.lower()}": (faces.cfp_pairs(k, cfp.names), cfp) for k in ("FF", "FP")}
+    view1 = photographs.lfw_pairs(photographs.folder("lfw") / "pairsDevTest.txt", lfw.names)
+    view2 = photographs.lfw_pairs(photographs.folder("lfw") / "pairs.txt", lfw.names)
+    lists = {"lfw": (view2, lfw)} | {
+        f"cfp_{k.lower()}": (photographs.cfp_pairs(k, cfp.names), cfp) for k in ("FF", "FP")
+    }
     mean = celeba.pixels.mean(axis=0, dtype=np.float64)
     pixels = {}
     for name, (pairs, chosen) in lists.items():
@@ -47,7 +50,7 @@ def describe() -> dict[str, Any]:
         scores = protocols.pair_cosines(flat, pairs.left, pairs.right)
         pixels[f"{name}_accuracy"] = round(protocols.kfold_accuracy(scores, pairs.same, pairs.folds).mean, 6)
     in_view = [{*lfw.people[v.left], *lfw.people[v.right]} for v in (view1, view2)]
-    shared = faces.overlapping(np.unique(cfp.people), np.unique(lfw.people))
+    shared = photographs.overlapping(np.unique(cfp.people), np.unique(lfw.people))
     return {
         "sets": sets,
         "people of CFP who are in LFW by name": len(shared),

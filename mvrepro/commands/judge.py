@@ -57,10 +57,10 @@ def _lfw(arguments: argparse.Namespace) -> Metrics:
     """LFW View 2."""
     import numpy as np
 
-    from mvrepro import faces
+    from mvrepro.images import photographs
 
     x, names = _rows(arguments, "names")
-    pairs = faces.lfw_pairs(arguments.pairs or faces.folder("lfw") / "pairs.txt", np.array(names))
+    pairs = photographs.lfw_pairs(arguments.pairs or photographs.folder("lfw") / "pairs.txt", np.array(names))
     return _kfold(x, pairs.left, pairs.right, pairs.same, pairs.folds)
 
 
@@ -68,10 +68,10 @@ def _cfp(kind: str) -> Callable[[argparse.Namespace], Metrics]:
     def judge(arguments: argparse.Namespace) -> Metrics:
         import numpy as np
 
-        from mvrepro import faces
+        from mvrepro.images import photographs
 
         x, names = _rows(arguments, "names")
-        pairs = faces.cfp_pairs(kind, np.array(names))
+        pairs = photographs.cfp_pairs(kind, np.array(names))
         return _kfold(x, pairs.left, pairs.right, pairs.same, pairs.folds)
 
     judge.__doc__ = f"CFP-{kind}, with the lists in MVREPRO_DATA."
@@ -82,7 +82,7 @@ def _bin(arguments: argparse.Namespace) -> Metrics:
     """The pairs of an InsightFace .bin (LFW, CFP, AgeDB-30, CALFW, CPLFW, …), ten folds in order."""
     import numpy as np
 
-    from mvrepro.formats import read_bin
+    from mvrepro.images import read_bin
 
     x, pairs = _load(arguments.embeddings), read_bin(arguments.bin)
     if len(x) != 2 * len(pairs):
@@ -101,10 +101,11 @@ def _all_pairs(arguments: argparse.Namespace) -> Metrics:
 
 def _blufr(arguments: argparse.Namespace) -> Metrics:
     """BLUFR on LFW: mean − standard deviation over its trials."""
-    from mvrepro import faces, protocols
+    from mvrepro import protocols
+    from mvrepro.images import photographs
 
     x, names = _rows(arguments, "names")
-    trials = protocols.blufr_trials(names, arguments.lists or faces.folder("lfw") / "blufr")
+    trials = protocols.blufr_trials(names, arguments.lists or photographs.folder("lfw") / "blufr")
     result = protocols.blufr(x, trials)
     return {"vr@far=0.001": result.vr_summary, "dir@far=0.01": result.dir_summary}
 

@@ -2,9 +2,9 @@
 
 import argparse
 
-from mvrepro import notebook
 from mvrepro.errors import UserError
 from mvrepro.files import display
+from mvrepro.pages import notebook
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,8 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from mvrepro.compare import Comparison, compare
 from mvrepro.errors import UserError
+from mvrepro.evidence.compare import Comparison, compare
 from mvrepro.files import display
 from mvrepro.pipeline import Pipeline, Stage, compute, only_one
 

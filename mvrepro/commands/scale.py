@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, display
-from mvrepro.scale.config import ScaleConfig, check
+from mvrepro.training.config import ScaleConfig, check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        from mvrepro.scale.ranks import speaks
+        from mvrepro.training.ranks import speaks
 
         if speaks(error):
             raise
@@ -74,7 +74,8 @@ def _run(arguments: argparse.Namespace) -> int:
             os.environ.pop(name, None)
     import torch.distributed as dist
 
-    from mvrepro.scale import loop, overhead, ranks
+    from benchmarks import loop as overhead
+    from mvrepro.training import loop, ranks
 
     here, out = ranks.start(config), arguments.out.absolute()
     with ranks.explained(here):

@@ -13,7 +13,10 @@ from mvrepro.files import ROOT, display
 # What each option means; those of a profile come from params.yaml and can be overruled here.
 OPTIONS: dict[str, tuple[type, str]] = {
     "variant": (str, "what sets this run apart from the plain ones of its profile, in words"),
-    "data": (str, "what is trained on and tested with: a row of TASKS in mvrepro/tasks.py, such as orl or lfw"),
+    "data": (
+        str,
+        "what is trained on and tested with: a row of TASKS in training/tasks.py, such as orl or lfw",
+    ),
     "backbone": (str, "name of the network"),
     "embedding_dim": (int, "dimensions of an embedding"),
     "image_size": (int, "side of the (square) input"),
@@ -67,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings |= {name: value for name, value in given.items() if value is not None}
     os.environ.update(environment(int(settings.get("threads", 1))))  # before torch starts
     from mvrepro.losses import LOSSES
-    from mvrepro.train import TrainConfig, train_to_file
+    from mvrepro.training.train import TrainConfig, train_to_file
 
     if arguments.loss not in LOSSES:
         raise UserError(f"unknown loss {arguments.loss!r}; known are: {', '.join(LOSSES)}")

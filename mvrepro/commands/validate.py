@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mvrepro import claims_table
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
+from mvrepro.evidence import claims_table
 from mvrepro.files import RESULTS, ROOT, display
 from mvrepro.pipeline import Pipeline, only_one
 
@@ -43,7 +43,7 @@ def _execute(notebooks: list[Path], profile: str) -> int:
             f"{len(missing)} executed notebooks are missing in {display(RESULTS / 'executed')}: run `make reproduce`"
         )
     settings = environment(threads=1) | {"MVREPRO_VALIDATE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "mvrepro.nbcheck", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "mvrepro.pages.check", "-p", "no:cacheprovider"]
     command += ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", "-n", "2", "--dist", "loadfile"]
     return subprocess.run(
         [*command, *map(str, notebooks), "tests/test_notebook_hygiene.py"], cwd=ROOT, env=settings, check=False

@@ -10,7 +10,8 @@ from conftest import BOOK, Visit
 from playwright.sync_api import Page
 from torch.nn import functional as F
 
-from mvrepro.losses import DEFAULT_MARGIN, LOSSES, MarginHead, emphasise, indicator, margin, mine
+from mvrepro.heads.margin import MarginHead
+from mvrepro.losses import DEFAULT_MARGIN, LOSSES, emphasise, indicator, margin, mine
 
 COSINES = [-1.0, -0.999, -0.7, -0.35, 0.0, 0.123, 0.5, 0.65, 0.85, 0.9999, 1.0]
 MARGINS = {"cos": [0.0], "A": [1.0, 1.5, 2.0, 4.0], "AM": [0.0, 0.35, 1.0], "Arc": [0.0, 0.5, 1.5]}

@@ -1,0 +1,292 @@
+"""What a head costs: time and memory of one step, against the three matrix products that no head can do without.
+
+The yardstick, measured beside each case: u Wᵀ (B, K), G W (B, D) and Gᵀ u (K, D), of which the last two, the
+gradients, get fresh memory, as every head's do. A case is one forward and backward pass, gradients of x and W
+included. Times are medians of ratios, cases and products interleaved in one process a shape. Memory is the
+highest resident size during a step, less that before it and less dW, in a process for each case.
+"""
+
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvrepro.errors import UserError
+from mvrepro.heads.margin import MarginHead
+from mvrepro.heads.sweep import free_memory
+
+LOSS = "MV-AM-Softmax-a"
+SHAPES = [  # B, K, D of the committed file: growth with B at the shape of notebook 11's bars, and with K
+    *((B, 86_876, 512) for B in (128, 64, 256, 512, 1024)),
+    *((128, K, 128) for K in (10_000, 30_000, 100_000, 300_000, 1_000_000)),
+]
+MIB = 2**20
+
+
+class Naive(nn.Module):
+    """MV-AM-Softmax-a as one would write it down."""
+
+    def __init__(self, D: int, K: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(K, D) / D**0.5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        cos = F.linear(F.normalize(x), F.normalize(self.weight))
+        f = cos.gather(1, y[:, None]) - 0.35
+        cos = torch.where(cos > f, 1.2 * cos + 0.2, cos)
+        return F.cross_entropy(32 * cos.scatter(1, y[:, None], f), y)
+
+
+class Unnormalised(nn.Module):
+    """torch's own chunked head, which knows neither cosines nor margins."""
+
+    def __init__(self, D: int, K: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(K, D) / D**0.5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.linear_cross_entropy(x, self.weight, y)
+
+
+class ArcFaceLoss(nn.Module):
+    """pytorch-metric-learning's: Arc-Softmax, so without an emphasis."""
+
+    def __init__(self, D: int, K: int) -> None:
+        super().__init__()
+        from pytorch_metric_learning.losses import ArcFaceLoss
+
+        self.loss = ArcFaceLoss(K, D)
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.loss.W
+        return weight
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = self.loss(x, y)
+        return loss
+
+
+def _head(**how: Any) -> Callable[[int, int], nn.Module]:
+    return lambda D, K: MarginHead(LOSS, D, K, check=False, **how)
+
+
+CASES: dict[str, Callable[[int, int], nn.Module]] = {
+    "fused, keep=none": _head(backend="fused", keep="none"),
+    "fused, keep=float32": _head(backend="fused", keep="float32"),
+    "fused, keep=float16": _head(backend="fused", keep="float16"),
+    "dense": _head(backend="dense"),
+    "dense, compiled": _head(backend="dense"),
+    "naive": Naive,
+    "naive, compiled": Naive,
+    "ArcFaceLoss": ArcFaceLoss,
+    "linear_cross_entropy": Unnormalised,
+}
+
+
+def missing() -> dict[str, str]:
+    """Case -> why it can't be measured here."""
+    found: dict[str, str] = {}
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        found |= dict.fromkeys([case for case in CASES if "compiled" in case], "torch.compile needs a C++ compiler")
+    if not hasattr(F, "linear_cross_entropy"):
+        found["linear_cross_entropy"] = f"torch {torch.__version__} has none"
+    try:
+        import pytorch_metric_learning  # noqa: F401
+    except ImportError:
+        found["ArcFaceLoss"] = "pytorch-metric-learning is not installed (requirements-dev.txt has it)"
+    return found
+
+
+def need(case: str, B: int, K: int, D: int, itemsize: int) -> int:
+    """About the bytes that a step takes beside W, so that nobody is sent into swap."""
+    logits, weights = (1, 1) if case.startswith("fused") else (8, 3)
+    return itemsize * (logits * B * K + weights * K * D)
+
+
+class Step:
+    """One head at one shape, called to do a step."""
+
+    def __init__(
+        self, case: str, B: int, K: int, D: int, device: str, dtype: str, weight: Tensor | None = None
+    ) -> None:
+        torch.manual_seed(0)
+        self.device = torch.device(device)
+        kind = getattr(torch, dtype)
+        self.head = CASES[case](D, K).to(self.device, kind)
+        if weight is not None and self.head.weight.shape == weight.shape:  # one for all cases
+            self.head.weight = nn.Parameter(weight)
+        self.forward = torch.compile(self.head) if "compiled" in case else self.head
+        self.x = torch.randn(B, D, device=self.device, dtype=kind, requires_grad=True)
+        self.y = torch.randint(0, K, (B,), device=self.device)
+
+    def __call__(self) -> None:
+        self.clear()
+        self.forward(self.x, self.y).backward()
+
+    def clear(self) -> None:
+        self.x.grad = None
+        self.head.zero_grad(set_to_none=True)
+
+
+class Products:
+    """The yardstick."""
+
+    def __init__(self, B: int, K: int, D: int, device: str, dtype: str) -> None:
+        make = {"device": device, "dtype": getattr(torch, dtype)}
+        self.u, self.W, self.G = (torch.randn(shape, **make) for shape in ((B, D), (K, D), (B, K)))
+
+    def __call__(self) -> None:
+        torch.mm(self.u, self.W.T, out=self.G)
+        _ = self.G @ self.W, self.G.T @ self.u
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    started = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - started
+
+
+def others(started: float, before: tuple[float, float]) -> float:
+    """Cores that other processes kept busy since then, of /proc/stat; 0 where there is none."""
+    busy, own = busy_seconds()
+    return max(0.0, (busy - before[0] - (own - before[1])) / (time.perf_counter() - started))
+
+
+def busy_seconds() -> tuple[float, float]:
+    """CPU seconds of the whole machine, and of this process."""
+    with suppress(OSError):
+        user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK"), time.process_time()
+    return 0.0, 0.0
+
+
+def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
+    """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once.
+
+    A round during which other processes took more than a tenth of a core doesn't count, as long as three that count
+    come together within ten times the budget; `disturbed` says where they didn't and all rounds count.
+    """
+    products = Products(*shape, device, dtype)
+    steps: dict[str, Step] = {}
+    for case in cases:
+        steps[case] = step = Step(case, *shape, device, dtype, weight=products.W)
+        step()  # compiles, and touches all memory
+        step.clear()
+    products()
+    started = time.perf_counter()
+    rounds: list[tuple[float, dict[str, float]]] = []  # cores that others took; seconds of each case
+    quiet: list[dict[str, float]] = []
+    while len(quiet) < 25:
+        spent = time.perf_counter() - started
+        if len(rounds) >= 3 and spent > (budget if len(quiet) >= 3 else 10 * budget):
+            break
+        first = len(rounds) % max(1, len(cases))
+        began, before = time.perf_counter(), busy_seconds()
+        took = {"products": seconds(products, device)}
+        for case in cases[first:] + cases[:first]:
+            took[case] = seconds(steps[case], device)
+            steps[case].clear()
+        rounds.append((others(began, before), took))
+        quiet = [took for busy, took in rounds if busy <= 0.1]
+    counted = quiet if len(quiet) >= 3 else [took for _, took in rounds]
+    found = {}
+    for case in cases:
+        low, middle, high = statistics.quantiles([took[case] / took["products"] for took in counted], n=4)
+        found[case] = {"ms": 1e3 * statistics.median(took[case] for took in counted)}
+        found[case] |= {"ratio": middle, "low": low, "high": high}
+    return {
+        "products_ms": 1e3 * statistics.median(took["products"] for took in counted),
+        "rounds": len(counted),
+        "disturbed": len(quiet) < 3,
+        "cases": found,
+    }
+
+
+def memory(case: str, shape: tuple[int, int, int], device: str, dtype: str) -> dict[str, Any]:
+    """MiB of one step beyond dW and what lay there before, and of the process in all (on a GPU: of tensors)."""
+    step = Step(case, *shape, device, dtype)
+    step()  # what libraries keep for themselves, once
+    step.clear()
+    gc.collect()
+    dW = sum(p.nbytes for p in step.head.parameters())
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak = everything = torch.cuda.max_memory_allocated()
+    else:
+        everything = _resident("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+        before = _resident("VmRSS")
+        step()
+        peak = _resident("VmHWM")
+    return {"beyond_dw_mib": (peak - before - dW) / MIB, "in_all_mib": max(peak, everything) / MIB}
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise UserError("this system doesn't tell a process how much memory it takes: --no-memory leaves that out")
+
+
+def apart(function: str, *arguments: Any, threads: int) -> Any:
+    """A function of this module in a process of its own."""
+    # Freed memory goes back at once, so that the resident size is what is in use.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} if function == "memory" else {}
+    command = [sys.executable, "-m", "benchmarks.head", function, str(threads), json.dumps(arguments)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{function} of {arguments[:2]} failed:\n{done.stderr.strip() or f'exit {done.returncode}'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(
+    shapes: list[tuple[int, int, int]],
+    cases: list[str],
+    *,
+    device: str,
+    dtype: str,
+    threads: int,
+    budget: float,
+    with_memory: bool,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """One entry a shape: B, K, D, products_ms, rounds, cases and what was skipped, for want of memory."""
+    found = []
+    itemsize = getattr(torch, dtype).itemsize
+    for shape in shapes:
+        B, K, D = shape
+        free = free_memory(torch.device(device))
+        room = 0.8 * free - itemsize * K * (B + 3 * D)  # the products' matrices, and W twice
+        skipped = [case for case in cases if need(case, *shape, itemsize) > room]
+        chosen = [case for case in cases if case not in skipped]
+        say(f"B {B}, K {K:,}, D {D}" + (f" (too little memory for {', '.join(skipped)})" if skipped else ""))
+        entry: dict[str, Any] = {"B": B, "K": K, "D": D, "skipped": skipped}
+        entry |= apart("time_shape", chosen, shape, device, dtype, budget, threads=threads)
+        for case in chosen if with_memory else ():
+            entry["cases"][case] |= apart("memory", case, shape, device, dtype, threads=threads)
+        found.append(entry)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    function = time_shape if sys.argv[1] == "time_shape" else memory
+    print(json.dumps(function(*json.loads(sys.argv[3]))))

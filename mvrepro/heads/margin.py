@@ -1,0 +1,223 @@
+"""The margin head: class weights, the loss of a batch, and which way it is computed."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvrepro.heads.sweep import KEEP, SGD, Rule, fused_losses, pick
+from mvrepro.losses import DEFAULT_MARGIN, LOSSES, emphasise, indicator, margin, mine, normalise
+
+BACKENDS = ("dense", "fused", "auto")
+# What a training's config calls as MarginHead does.
+SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
+
+
+class MarginHead(nn.Module):
+    """The last layer of a face network and its loss: (B, D) embeddings and (B,) labels -> a scalar.
+
+    name           a key of LOSSES
+    embedding_dim  D; embeddings come in at any length and are normalised here
+    num_classes    K; the weight is (K, D) and is normalised here too
+    s, m, t        scale; margin (None: DEFAULT_MARGIN of the loss's f); strength of the emphasis,
+                   t >= 0, where 0 gives the plain margin loss. For the SV losses t = t_SV − 1
+    gamma          exponent of F-Softmax;  hard_ratio  share of the batch that HM-Softmax keeps
+    easy_margin    the target gets its margin only where cosθ_y > 0, as the authors' code does and
+                   their equations don't; the indicator keeps comparing with f(m, θ_y)
+    stop_gradient  the adaptive emphasis passes no gradient (see emphasise); not in the paper
+    t_warmup       steps over which t grows linearly from 0, counted in training mode and kept in
+                   the state dict
+    annealing      A-Softmax only: f = (λ cosθ + f)/(1 + λ), λ = max(5, 1000 (1 + 1e-4 step)^−2), as
+                   in the authors' code
+    backend        "dense": the (B, K) logits in plain torch; "fused": mvrepro.heads.sweep, which sweeps over the
+                   classes and never has them; "auto": dense where the logits are small (1 MiB), else
+                   fused. All give the same loss and gradients; repr says which the last call used
+    keep           what "fused" keeps of the cosines for the backward pass: "none", "float32", "float16"
+                   (see mvrepro.heads.sweep), or None: what fits into the memory that is free
+    check          look for labels out of range and for NaN in every batch, with one clear error; on
+                   a GPU that waits for the device, so long runs may turn it off
+
+    What a loss does not use is ignored, so that one call serves the whole table. Half-precision
+    embeddings are computed with in float32. Raises ValueError for arguments out of range, with the
+    known names for an unknown one.
+    """
+
+    weight: nn.Parameter
+    step: Tensor
+    momentum: Tensor | None
+
+    def __init__(
+        self,
+        name: str,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        s: float = 32.0,
+        m: float | None = None,
+        t: float = 0.2,
+        gamma: float = 2.0,
+        hard_ratio: float = 0.9,
+        easy_margin: bool = False,
+        stop_gradient: bool = False,
+        t_warmup: int = 0,
+        annealing: bool = False,
+        backend: str = "auto",
+        keep: str | None = None,
+        check: bool = True,
+    ) -> None:
+        super().__init__()
+        if name not in LOSSES:
+            raise ValueError(f"unknown loss {name!r}; known are: {', '.join(LOSSES)}")
+        loss = LOSSES[name]
+        m = DEFAULT_MARGIN[loss.f] if m is None else m
+        least_m = 1.0 if loss.f == "A" else 0.0
+        for what, value, least in [
+            ("embedding_dim", embedding_dim, 1),
+            ("num_classes", num_classes, 2),
+            ("m", m, least_m),
+            ("t", t, 0),
+            ("gamma", gamma, 0),
+            ("t_warmup", t_warmup, 0),
+        ]:
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{what} of {name} must be a number >= {least:g}, got {value}")
+        if not (math.isfinite(s) and s > 0):
+            raise ValueError(f"s must be a number > 0, got {s}")
+        if not 0 < hard_ratio <= 1:
+            raise ValueError(f"hard_ratio must be in (0, 1], got {hard_ratio}")
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; known are: {', '.join(BACKENDS)}")
+        if keep is not None and keep not in KEEP:
+            raise ValueError(f"unknown keep {keep!r}; known are: {', '.join(KEEP)}")
+        self.name, self.loss, self.backend, self.keep = name, loss, backend, keep
+        self.picked = ""  # the backend of the last call
+        self.sgd: SGD | None = None  # the step that update_in_backward asks for
+        self.embedding_dim, self.num_classes = embedding_dim, num_classes
+        self.s, self.m, self.t, self.gamma, self.hard_ratio = s, m, t, gamma, hard_ratio
+        self.easy_margin, self.stop_gradient, self.t_warmup = easy_margin, stop_gradient, t_warmup
+        self.annealing, self.check = annealing and loss.f == "A", check
+        # Rows of about length 1: the step in the angle goes with 1/|w|², so the length matters.
+        self.weight = nn.Parameter(torch.randn(num_classes, embedding_dim) / math.sqrt(embedding_dim))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("momentum", None)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(B, D) floats and (B,) int64 labels -> the scalar loss."""
+        losses = self.losses(embeddings, labels)
+        if self.training and torch.is_grad_enabled():
+            self.step = self.step + 1  # not in place: torch.compile recomputes from it in the backward pass
+        return mine(self.loss.g, losses, self.gamma, self.hard_ratio)
+
+    def losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """L = −log p_y of every sample, (B,), by the backend."""
+        self._check_inputs(embeddings, labels)
+        backend, keep = self._pick(len(embeddings))
+        self.picked = backend if backend == "dense" else f"{backend}, keep={keep}"
+        if backend == "dense":
+            return F.cross_entropy(self._logits(embeddings, labels), labels, reduction="none")
+
+        update = self._update if self.sgd else None
+        losses: Tensor = fused_losses(embeddings, self.weight, labels, self._rule(), keep=keep, update=update)
+        return losses
+
+    def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """(B, K): s times the cosines, after the margin at k = y and the emphasis at marked k."""
+        self._check_inputs(embeddings, labels)
+        return self._logits(embeddings, labels)
+
+    def _logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        cos = self.cosines(embeddings)
+        target = cos.gather(1, labels[:, None])
+        f = self.margin(target)
+        if self.loss.h:
+            t, stop = self.current_t(), self.stop_gradient  # no name for the emphasised cosines: it would keep them
+            cos = torch.where(indicator(f, cos), emphasise(self.loss.h, cos, t, stop_gradient=stop), cos)
+        if self.easy_margin:
+            f = torch.where(target > 0, f, target)
+        return self.s * cos.scatter(1, labels[:, None], f)
+
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """cosθ (B, K) of every embedding with every class weight, in float32 or float64."""
+        dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return normalise(embeddings.to(dtype)) @ normalise(self.weight.to(dtype)).T
+
+    def margin(self, target: Tensor) -> Tensor:
+        """f(m, θ_y) of the target cosines, in any shape."""
+        f = margin(self.loss.f, target, self.m)
+        if self.annealing:
+            lam = (1000 * (1 + 1e-4 * self.step) ** -2).clamp(min=5).to(f.dtype)
+            f = (lam * target + f) / (1 + lam)
+        return f
+
+    def current_t(self) -> float | Tensor:
+        """t at this step: itself, or its share during the warm-up."""
+        if self.t_warmup and self.training:
+            return self.t * (self.step / self.t_warmup).clamp(max=1).to(self.weight.dtype)
+        return self.t
+
+    def update_in_backward(self, *, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        """Let each backward pass take the weight's step of torch.optim.SGD, chunk by chunk: weight.grad stays
+        None, and the K × D gradient never exists.
+
+        The momentum is a buffer of the state dict: call this before load_state_dict. For a schedule, set
+        `head.sgd.lr`, or call this again. Since the step is taken at once, nothing can come between gradient
+        and step: no clipping by the norm over all parameters, no accumulation over several batches, no scaler
+        of losses. Raises ValueError for backend "dense" and for negative numbers.
+        """
+
+        if self.backend == "dense":
+            raise ValueError(
+                "only the fused head updates its weight in the backward pass, and this one has backend='dense'"
+            )
+        self.sgd = SGD(lr, momentum, weight_decay)
+        if momentum and self.momentum is None:
+            self.momentum = torch.zeros_like(self.weight)
+
+    def _update(self, classes: slice, grad: Tensor) -> None:
+        assert self.sgd is not None
+        momentum = None if self.momentum is None else self.momentum[classes]
+        self.sgd.step(self.weight[classes], momentum, grad)
+
+    def _pick(self, batch: int) -> tuple[str, str]:
+        """(backend, keep) for a batch of this size."""
+        if self.backend == "dense":
+            return "dense", "float32"
+        forced = self.backend == "fused" or self.sgd is not None
+        if forced and self.keep:
+            return "fused", self.keep
+
+        backend, keep = pick(batch, self.weight)
+        return "fused" if forced else backend, self.keep or keep
+
+    def _rule(self) -> Rule:
+
+        t = self.current_t()
+        return Rule(self.s, self.margin, self.loss.h, t, self.easy_margin, self.stop_gradient)
+
+    def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
+        d, k = self.embedding_dim, self.num_classes
+        if embeddings.ndim != 2 or embeddings.shape[1] != d or not embeddings.is_floating_point():
+            raise ValueError(f"embeddings must be floats (B, {d}), got {embeddings.dtype} {tuple(embeddings.shape)}")
+        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64 or not len(labels):
+            raise ValueError(
+                f"labels must be int64 ({len(embeddings)},), one a row of embeddings and one at least, "
+                f"got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if not self.check or torch.compiler.is_compiling():
+            return
+        low, high = labels.aminmax()
+        if low < 0 or high >= k:
+            raise ValueError(f"labels must be in 0 … {k - 1}, got {int(low if low < 0 else high)}")
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        bad = ~torch.linalg.vector_norm(embeddings.detach(), dim=1, dtype=dtype).isfinite()
+        if bad.any():
+            raise ValueError(
+                f"embeddings hold NaN, infinity or a length beyond {dtype} in {int(bad.sum())} of {len(bad)} rows, "
+                f"first in row {int(bad.nonzero()[0])}"
+            )
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.name}, {self.embedding_dim} -> {self.num_classes}, s={self.s}, m={self.m}, t={self.t}"
+        return f"{sizes}, backend={self.backend}" + (f" (last: {self.picked})" if self.picked else "")

@@ -1,0 +1,346 @@
+"""The margin head without its B × K logits: one sweep over the classes forward, another one backward.
+
+Every loss of mvrepro.losses needs two numbers of a sample: the cosine of its own class, and the
+logarithm of what the other classes add to the denominator of Eqs. 1, 3 and 6,
+
+    O = log Σ_{k≠y} h(t, θ_k, I_k) e^{s cosθ_k},   with which   L = −log p_y = log(1 + e^{O − s f(m, θ_y)}).
+
+`_Sweep` finds both and their gradients, some thousand classes at a time. Margin and mining stay
+ordinary autograd, on vectors of length B. With u = x/|x|, v = w/|w|, c_ik = u_i·v_k, and Eqs. 7 and 8
+read as a line (a marked c becomes a c + o):
+
+    forward    c = (u Wᵀ) diag(1/|w|)                        so V, a second W, never exists
+               z = s (a c + o) where c > τ = f(m, θ_y), else s c
+               O = log Σ_{k≠y} e^z
+    backward   P_ik = a_ik e^{z_ik − O_i}, and 0 at k = y    a_ik = a where marked, else 1
+               G_ik = s (dL/dO_i) P_ik, G_iy = dL/dc_iy      what reaches each cosine
+               dL/du_i = Σ_k G_ik v_k
+               dL/dw_k = (Σ_i G_ik u_i − q_k v_k)/|w_k|      q_k = Σ_i G_ik c_ik = v_k·Σ_i G_ik u_i
+
+The last line is the Jacobian of the normalisation, for one sum a class instead of a matrix product.
+There are four products in all, one more than the least, where the cosines are computed anew in the
+backward sweep (keep="none"; beside dW this takes O(B·chunk + B·D + K) memory), and three where B·K of
+them are kept: in the precision of the computation ("float32") or in half of it ("float16", where a
+number in [−1, 1] has 11 bits and not the 8 of bfloat16; gradients are then good to about 1 %).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvrepro.losses import emphasise, normalise
+
+KEEP = ("none", "float32", "float16")
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**24}  # the cosines of one chunk: what a cache holds
+COMPILED = {"cuda"}  # devices where the elementwise work of a chunk is compiled; it pays where launches are dear
+NOWHERE = -1e30  # in the place of a cosine that takes no part: e^{s NOWHERE} = 0
+
+Reduce = Callable[[Tensor, str], Tensor]
+Update = Callable[[slice, Tensor], None]
+
+
+def one_rank(part: Tensor, how: str) -> Tensor:
+    """The reduction where one rank holds every class."""
+    return part
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a loss does to the cosines.
+
+    s            the scale
+    margin       f(m, θ_y) of the target cosines (B,): elementwise and differentiable
+    h, t         the emphasis of Eqs. 7 and 8, "fixed" or "adaptive", and its strength; None: no emphasis
+    easy_margin  the target gets its margin only where cosθ_y > 0; the indicator compares with f all the same
+    stop_gradient  the adaptive emphasis passes no gradient: a = 1, for the same logits
+    """
+
+    s: float
+    margin: Callable[[Tensor], Tensor]
+    h: str | None = None
+    t: float | Tensor = 0.0
+    easy_margin: bool = False
+    stop_gradient: bool = False
+
+
+@dataclass
+class SGD:
+    """The step of torch.optim.SGD, some rows of a weight at a time; no dampening, no Nesterov.
+
+    Raises ValueError for negative numbers.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value}")
+
+    def step(self, rows: Tensor, momentum: Tensor | None, grad: Tensor) -> None:
+        """rows and momentum (n, D) change in place, and grad, their dL/dw, is used up."""
+        grad.add_(rows, alpha=self.weight_decay)
+        if momentum is not None:
+            grad = momentum.mul_(self.momentum).add_(grad)
+        rows.sub_(grad, alpha=self.lr)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def fused_losses(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rule: Rule,
+    *,
+    keep: str = "none",
+    chunk: int | None = None,
+    first: int = 0,
+    reduce: Reduce = one_rank,
+    update: Update | None = None,
+) -> Tensor:
+    """L = −log p_y of every sample: (B, D) embeddings, (K, D) weight, (B,) int64 labels -> (B,).
+
+    Value and gradient are those of the dense head, in float32 (float64 if an input is). There is no
+    second derivative. torch.compile leaves this function as it is.
+
+    keep   what stays of the cosines between the two sweeps, one of KEEP (see the top of this module)
+    chunk  classes at a time; None: as many as have their cosines, and a quarter of their weights, in CHUNK_BYTES
+    first, reduce   for classes spread over ranks, of which this one holds first … first + K − 1:
+           reduce(part, "sum" or "max") combines the ranks' tensors. Every rank calls it with the target
+           cosines, the maxima and the sums of O, (B, 1) or (B,), and backward with dL/du (B, D), in this order.
+    update update(classes, grad) gets the gradient of each chunk in the backward sweep and may change these rows
+           of weight, and use up grad (n, D); dL/dW as a whole then never exists, and weight.grad stays as it is
+    """
+    if keep not in KEEP:
+        raise ValueError(f"unknown keep {keep!r}; known are: {', '.join(KEEP)}")
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    if chunk is None:
+        size = CHUNK_BYTES["cuda" if embeddings.is_cuda else "cpu"]
+        chunk = max(1, size // (dtype.itemsize * max(len(labels), weight.shape[1] // 4)))
+    plan = _Plan(rule, labels - first, len(weight), keep if torch.is_grad_enabled() else "none", chunk, reduce, update)
+    if reduce is one_rank and len(plan.own) < len(labels):
+        raise ValueError(f"labels must be in {first} … {first + len(weight) - 1}")
+    with torch.autocast(embeddings.device.type, enabled=False):
+        cos_y, others = _Sweep.apply(normalise(embeddings.to(dtype)), weight, plan)
+        f = rule.margin(cos_y)
+        if rule.easy_margin:
+            f = torch.where(cos_y > 0, f, cos_y)
+        return torch.logaddexp(others - rule.s * f, torch.zeros_like(f))
+
+
+def pick(batch: int, weight: Tensor) -> tuple[str, str]:
+    """(backend, keep) for this shape and the memory that is free now.
+
+    "fused" where the (B, K) logits don't fit in one chunk; keep="float32", the bits of "none" in less time,
+    where the cosines take at most 256 MiB and an eighth of what is free.
+    """
+    size = 4 * batch * len(weight)
+    if size <= CHUNK_BYTES["cpu"]:
+        return "dense", "float32"
+    return "fused", "float32" if size <= 2**28 and size <= free_memory(weight.device) // 8 else "none"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device; 0 where nothing says so."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return 0
+
+
+class _Line(NamedTuple):
+    """Eqs. 7 and 8 as a line: the exponent is s c, plus jump + bend c where c is marked; a is its slope over s."""
+
+    s: float
+    jump: float = 0.0
+    bend: float = 0.0
+    log_a: float = 0.0
+
+    @classmethod
+    def of(cls, rule: Rule) -> "_Line":
+        if rule.h is None:
+            return cls(rule.s)
+        cos = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+        below, at_0, at_1 = emphasise(rule.h, cos, float(rule.t)).tolist()
+        a = at_1 - at_0
+        if not (a > 0 and math.isclose(at_0 - below, a, rel_tol=1e-9)):
+            raise NotImplementedError(
+                f"the emphasis h={rule.h!r} is no rising line in cosθ_k, which the fused head takes it for: "
+                "use backend='dense', or teach mvrepro.heads.sweep._Line its form"
+            )
+        return cls(rule.s, rule.s * at_0, rule.s * (a - 1), 0.0 if rule.stop_gradient else math.log(a))
+
+    @property
+    def constant(self) -> float | None:
+        """A number c such that e^{z − c} is neither 0 nor, summed over 10^7 classes, infinite in float32
+        (e^−87 … e^88) for any z from −s to that of a cosine of 1; None where there is none."""
+        c = max(0.0, self.s + max(0.0, self.jump + self.bend) - 70)
+        return c if self.s + c <= 86 else None
+
+
+class _Plan:
+    """The chunks of a sweep, and where in them the targets are. labels count from this rank's first class."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        labels: Tensor,
+        classes: int,
+        keep: str,
+        chunk: int,
+        reduce: Reduce,
+        update: Update | None,
+    ) -> None:
+        self.margin, self.line, self.keep, self.reduce, self.update = rule.margin, _Line.of(rule), keep, reduce, update
+        self.chunk = min(chunk, classes)
+        self.edges = [*range(0, classes, self.chunk), classes]
+        ordered, order = labels.sort(stable=True)
+        self.bounds = torch.searchsorted(ordered, torch.tensor(self.edges, device=labels.device)).tolist()
+        inside = slice(self.bounds[0], self.bounds[-1])
+        self.own, self.y = order[inside], ordered[inside]  # samples whose class is on this rank, and the class
+
+    def chunks(self, u: Tensor) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor], list[Tensor]]]:
+        """Each chunk's classes, where in `own` and `y` its targets are, their (rows, columns) among its (B, n)
+        cosines, and four (B, n) buffers in memory that all chunks share."""
+        memory = u.new_empty(4, len(u) * self.chunk)
+        bounds = [bound - self.bounds[0] for bound in self.bounds]
+        for i, (start, stop) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
+            here = slice(bounds[i], bounds[i + 1])
+            buffers = memory[:, : len(u) * (stop - start)].view(4, len(u), stop - start)
+            yield slice(start, stop), here, (self.own[here], self.y[here] - start), list(buffers)
+
+
+class _Sweep(torch.autograd.Function):
+    """u (B, D), weight (K, D) -> cosθ_y (B,) and O (B,)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, weight: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+        dtype = u.dtype
+        cos_y = u.new_zeros(len(u))
+        cos_y[plan.own] = (u[plan.own] * normalise(weight[plan.y].to(dtype))).sum(1)
+        cos_y = plan.reduce(cos_y, "sum")
+        tau = plan.margin(cos_y)[:, None]
+
+        inverse = u.new_empty(len(weight))  # 1/|w|; 0 for a row of length 0
+        # A number near the largest z: one that serves all, or the largest z so far, of which none is below −s.
+        top = torch.full_like(tau, -plan.line.s if plan.line.constant is None else plan.line.constant)
+        total = torch.zeros_like(tau)  # Σ_{k≠y} e^{z − top}
+        kept = []
+        weigh = _on(u.device, _weigh)
+        for classes, _, targets, (cos, *scratch) in plan.chunks(u):
+            block = weight[classes].to(dtype)
+            norm = torch.linalg.vector_norm(block, dim=1, out=inverse[classes]).reciprocal_()
+            norm.masked_fill_(norm.isinf(), 0)
+            torch.mm(u, block.T, out=cos).mul_(norm)
+            if plan.keep != "none":
+                kept.append(cos.to(torch.float16 if plan.keep == "float16" else dtype, copy=True))
+            cos[targets] = NOWHERE
+            top, total = weigh(plan.line, cos, tau, top, total, *scratch)
+        highest = plan.reduce(top, "max")
+        others = (highest + plan.reduce(total * (top - highest).exp(), "sum").log())[:, 0]
+        ctx.plan = plan
+        ctx.save_for_backward(u, weight, cos_y, others, tau, inverse, *kept)
+        return cos_y, others
+
+    @staticmethod
+    def backward(ctx: Any, grad_cos_y: Tensor, grad_others: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "the fused head has no second derivative (create_graph=True); backend='dense' has"
+            )
+        u, weight, cos_y, others, tau, inverse, *kept = ctx.saved_tensors
+        plan, dtype = ctx.plan, u.dtype
+        # the targets' own G_iy, whose B terms need no product
+        own, y = plan.own, plan.y
+        grad, norm_y = grad_cos_y[own, None], inverse[y, None]
+        v_y = norm_y * weight[y].to(dtype)
+        dw_y = grad * norm_y * (u[own] - cos_y[own, None] * v_y)
+
+        row = plan.line.s * grad_others  # G_ik = row_i P_ik, so that P alone goes through the products
+        row_u = row[:, None] * u
+        wants_u, wants_weight = ctx.needs_input_grad[:2]
+        du = torch.zeros_like(u) if wants_u else None
+        dweight: Any = torch.empty_like(weight) if wants_weight and not plan.update else None
+        spare = None  # one chunk of dL/dW, where it can't be computed in its place
+        if wants_weight and (plan.update or weight.dtype != dtype):
+            spare = u.new_empty(plan.chunk, u.shape[1])
+        share = _on(u.device, _share)
+        with torch.autocast(u.device.type, enabled=False):
+            for i, (classes, here, targets, (cos, *scratch)) in enumerate(plan.chunks(u)):
+                block, norm = weight[classes].to(dtype), inverse[classes]
+                if kept:
+                    cos.copy_(kept[i])
+                else:
+                    torch.mm(u, block.T, out=cos).mul_(norm)
+                cos[targets] = NOWHERE
+                p, q = share(plan.line, cos, tau, others[:, None], norm, row, *scratch)
+                if du is not None:
+                    du.addmm_(p, block)
+                if wants_weight:
+                    out = dweight[classes] if spare is None else spare[: len(block)]
+                    torch.mul(block, (-q * norm)[:, None], out=out).addmm_(p.T, row_u)
+                    out.index_add_(0, targets[1], dw_y[here])
+                    if plan.update:
+                        plan.update(classes, out)
+                    elif spare is not None:
+                        dweight[classes] = out
+        if du is not None:
+            du = plan.reduce(du.mul_(row[:, None]).index_add_(0, own, grad * v_y), "sum")
+        return du, dweight, None
+
+
+def _exponents(line: _Line, cos: Tensor, tau: Tensor, shift: Tensor, lift: float, *scratch: Tensor) -> Tensor:
+    """z − shift of the cosines, plus lift where marked, in the first scratch: (B, n), but tau and shift (B, 1).
+
+    A mark is a float 0 or 1: on a CPU torch.where costs as much as a third of a matrix product.
+    """
+    out, marks, extra = scratch
+    torch.add(-shift, cos, alpha=line.s, out=out)
+    if line.jump or line.bend:
+        torch.gt(cos, tau, out=marks)  # Eq. 5
+        jump = line.jump + lift
+        if line.bend:  # not addcmul's value=bend: torch 2.13 compiles the first t of a warm-up into it
+            out.addcmul_(marks, torch.mul(cos, line.bend, out=extra).add_(jump))
+        else:
+            out.add_(marks, alpha=jump)
+    return out
+
+
+def _weigh(
+    line: _Line, cos: Tensor, tau: Tensor, top: Tensor, total: Tensor, *scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """top and total (B, 1) after one more chunk."""
+    higher = top
+    if line.constant is None:
+        most = cos.amax(1, keepdim=True)  # z grows with c
+        small = (torch.empty_like(most) for _ in scratch)
+        higher = torch.maximum(top, _exponents(line, most, tau, torch.zeros_like(top), 0.0, *small))
+    terms = _exponents(line, cos, tau, higher, 0.0, *scratch).exp_()
+    return higher, total * (top - higher).exp() + terms.sum(1, keepdim=True)
+
+
+def _share(
+    line: _Line, cos: Tensor, tau: Tensor, others: Tensor, norm: Tensor, row: Tensor, *scratch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """P_ik/|w_k| (B, n) in the first scratch, and q_k/|w_k| (n,)."""
+    p = _exponents(line, cos, tau, others, line.log_a, *scratch).exp_().mul_(norm)
+    return p, torch.mul(cos, p, out=scratch[1]).T.mv(row)
+
+
+def _on(device: torch.device, body: Callable[..., Any]) -> Callable[..., Any]:
+    return _compiled(body) if device.type in COMPILED else body
+
+
+_compiled = functools.cache(torch.compile)

@@ -1,0 +1,48 @@
+"""Which format lies there."""
+
+from pathlib import Path
+
+from mvrepro.errors import UserError
+from mvrepro.images.folders import Folder
+from mvrepro.images.recordio import Records
+from mvrepro.images.source import Renumbered, Source, check_ids
+from mvrepro.images.tars import Tars
+
+
+def open_images(path: Path | str, *, renumber: bool = False, allow_holes: bool = False) -> Source:
+    """The training set at `path`: a .rec file, a folder with one, a .tar or a folder of them, or a folder
+    with one folder per class.
+
+    Class ids must be 0 … K−1, each with an image: else a UserError names the holes; renumber gives the ids
+    new numbers in their order, allow_holes takes them as they are. Both look at every label, which a .rec
+    without InsightFace's header keeps beside its images: a pass over the file, the first time.
+    Raises UserError where nothing of that is there.
+    """
+    source = _open(Path(path))
+    if source.classes is not None and len(source.classes) <= source.labels().max():
+        raise UserError(
+            f"{path}: classes.txt has {len(source.classes)} names, the class ids go to {source.labels().max()}"
+        )
+    if renumber:
+        return Renumbered(source)
+    if not allow_holes:
+        check_ids(source.labels(), str(path))
+    return source
+
+
+def _open(path: Path) -> Source:
+    if path.is_dir():
+        records, tars = sorted(path.glob("*.rec")), sorted(path.glob("*.tar"))
+        if records and tars:
+            raise UserError(f"{path}: holds both .rec and .tar files; say which file is meant")
+        if len(records) > 1:
+            raise UserError(f"{path}: has {len(records)} .rec files; say which one, such as {records[0]}")
+        if records:
+            return Records(records[0])
+        return Tars(tars) if tars else Folder(path)
+    if path.suffix == ".rec":
+        return Records(path)
+    if path.suffix == ".tar":
+        return Tars([path])
+    what = "no known format" if path.exists() else "no such file or folder"
+    raise UserError(f"{path}: {what}; known are .rec (with .idx), .tar, and folders of either or of people's images")

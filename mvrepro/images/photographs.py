@@ -1,0 +1,329 @@
+"""LFW, CFP and CelebA, aligned to 112×112, in the folder that MVREPRO_DATA names.
+
+    lfw/     images/NAME/NAME_0001.jpg, pairs.txt, blufr/…       (vis-www.cs.umass.edu/lfw)
+    cfp/     images/001/{frontal,profile}/01.jpg, names.txt, protocol/…   (cfpw.io)
+    celeba/  images/000001.jpg, identity.txt                     (mmlab.ie.cuhk.edu.hk/projects/CelebA.html)
+
+Nothing of them is ever written into the project but numbers. Decoded pixels are kept in the ignored
+folder .mvrepro, since 36,000 JPEGs take longer to open than a small network takes to see them once.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvrepro.errors import UserError
+from mvrepro.files import LOCAL, write_atomic
+from mvrepro.images.small import Images
+
+SIDE = 112  # of the aligned crops
+SOURCES = {
+    "lfw": "Labeled Faces in the Wild, University of Massachusetts: vis-www.cs.umass.edu/lfw",
+    "cfp": "Celebrities in Frontal-Profile in the Wild: cfpw.io",
+    "celeba": "CelebA, Chinese University of Hong Kong: mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+}
+
+
+@dataclass(frozen=True)
+class Faces:
+    """pixels (N, 3, H, W) uint8 RGB; names (N,) of the images, unique; people (N,) their names or numbers."""
+
+    pixels: NDArray[np.uint8]
+    names: NDArray[np.str_]
+    people: NDArray[np.str_]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def where(self, keep: NDArray[np.bool_]) -> "Faces":
+        """The images for which keep (N,) is True."""
+        return Faces(self.pixels[keep], self.names[keep], self.people[keep])
+
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,): how many images the person of each image has."""
+        _, inverse, counts = np.unique(self.people, return_inverse=True, return_counts=True)
+        return counts[inverse]
+
+    def images(self) -> Images:
+        """With people numbered 0 … K−1 in the order of their names."""
+        return Images(self.pixels, np.unique(self.people, return_inverse=True)[1].astype(np.int64))
+
+
+def folder(name: str) -> Path:
+    """The folder of one of the sets. Raises UserError that says where to get it where it is not there."""
+    root = os.environ.get("MVREPRO_DATA")
+    path = Path(root or "") / name
+    if root and (path / "images").is_dir():
+        return path
+    what = f"MVREPRO_DATA is {root}, which has no {name}/images" if root else "MVREPRO_DATA is not set"
+    known = "; ".join(f"{key}/ from {where}" for key, where in SOURCES.items())
+    raise UserError(
+        f"{what}. What trains on photographs needs a folder with {known}; aligned as mvrepro/images/photographs.py "
+        "says. The profile quick needs none of them, and `make validate PROFILE=faces` needs no photographs either"
+    )
+
+
+def lfw(size: int) -> Faces:
+    """All 13,233 images of 5,749 people, sorted by name."""
+    return _by_person(folder("lfw"), size)
+
+
+def cfp(size: int) -> Faces:
+    """10 frontal and 4 profile images of each of 500 people; names such as "001/frontal/01"."""
+    here = folder("cfp")
+    people = {f"{number:03d}": name for number, name in enumerate(read_names(here / "names.txt"), 1)}
+    paths = sorted((here / "images").glob("*/*/*.jpg"))
+    places = [path.parts[-3:-1] for path in paths]
+    found, expected = set(places), [(number, side) for number in people for side in ("frontal", "profile")]
+    for number, side in sorted(found - set(expected)):
+        what = "only frontal and profile belong there" if number in people else "names.txt has no line for it"
+        raise UserError(f"{here / 'images' / number / side}: {what}")
+    for number, side in expected:
+        if (number, side) not in found:
+            raise UserError(
+                f"{here / 'names.txt'}, line {int(number)}: {people[number]} has no images in images/{number}/{side}"
+            )
+    names = [f"{number}/{side}/{path.stem}" for (number, side), path in zip(places, paths, strict=True)]
+    return Faces(_pixels(paths, size, here), np.array(names), np.array([people[number] for number, _ in places]))
+
+
+def celeba(size: int) -> Faces:
+    """The images that identity.txt lists; people are its numbers, which say nothing about who they are."""
+    here = folder("celeba")
+    path, lines = here / "identity.txt", _lines(here / "identity.txt")
+    files, people = [], []
+    for number, line in lines:
+        parts = line.split()
+        if len(parts) != 2 or not _is_number(parts[1]):
+            raise UserError(f"{path}, line {number}: expected 'image.jpg person', got {line!r}")
+        files.append(here / "images" / parts[0])
+        if not files[-1].is_file():
+            raise UserError(f"{path}, line {number}: there is no image {files[-1]}")
+        people.append(f"celeba-{int(parts[1]):05d}")
+    names = [file.stem for file in files]
+    _unique(names, [number for number, _ in lines], path)
+    return Faces(_pixels(files, size, here), np.array(names), np.array(people))
+
+
+def read_names(path: Path) -> list[str]:
+    """One name a line, each once: same_name decides what is the same."""
+    lines = _lines(path)
+    for expected, (number, _) in enumerate(lines, 1):
+        if number != expected:
+            raise UserError(f"{path}, line {expected}: expected a name, got an empty line")
+    _unique([same_name(name) for _, name in lines], [number for number, _ in lines], path)
+    return [name for _, name in lines]
+
+
+# Names in CFP that are people of LFW spelt otherwise, found by looking at near names one by one.
+SPELLINGS = {
+    "albert pujol": "albert pujols",
+    "alex fergusson": "alex ferguson",
+    "barbara streisand": "barbra streisand",
+    "cristina fernandez de kirchner": "cristina kirchner",
+    "david cruso": "david caruso",
+    "diane feinstein": "dianne feinstein",
+    "diego maradona": "diego armando maradona",
+    "fernando alanso": "fernando alonso",
+    "george bush": "george w bush",
+    "gerard schroeder": "gerhard schroeder",
+    "jean chretian": "jean chretien",
+    "jennifer anniston": "jennifer aniston",
+    "jennifer capriarti": "jennifer capriati",
+    "luiz lula da silva": "luiz inacio lula da silva",
+    "mathew mcconaughey": "matthew mcconaughey",
+    "nancy peloci": "nancy pelosi",
+    "nicholas cage": "nicolas cage",
+    "robert do niro": "robert de niro",
+    "robert downey": "robert downey jr",
+    "rooh moo-hyan": "roh moo-hyun",
+    "warren buffet": "warren buffett",
+    "yulia tymoshenko": "julia tymoshenko",
+    "ziyi zhang": "zhang ziyi",
+}
+
+
+def same_name(name: str) -> str:
+    """The form in which names of different sets are compared: blanks for underscores, case ignored, SPELLINGS."""
+    plain = " ".join(name.replace("_", " ").split()).casefold()
+    return SPELLINGS.get(plain, plain)
+
+
+def overlapping(people: Sequence[str] | NDArray[np.str_], others: Sequence[str] | NDArray[np.str_]) -> set[str]:
+    """Those of `people` that are also in `others` by name: what the paper's "-R" step removes."""
+    known = {same_name(str(name)) for name in others}
+    return {str(name) for name in people if same_name(str(name)) in known}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """left, right (P,) int64 rows of the images; same (P,) bool; folds (P,) int64, 0 …"""
+
+    left: NDArray[np.int64]
+    right: NDArray[np.int64]
+    same: NDArray[np.bool_]
+    folds: NDArray[np.int64]
+
+
+def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
+    """View 2 (pairs.txt) or View 1 (pairsDevTest.txt, one fold): a first line "folds pairs" or "pairs",
+    then per fold so many lines "name i j" of the same person and "name i other j" of two."""
+    lines = _lines(path)
+    head = lines[0][1].split()
+    if len(head) > 2 or not all(_is_number(part) and int(part) > 0 for part in head):
+        raise UserError(f"{path}, line {lines[0][0]}: expected 'folds pairs' or 'pairs', got {lines[0][1]!r}")
+    folds, half = (1, int(head[0])) if len(head) == 1 else (int(head[0]), int(head[1]))
+    if len(lines) - 1 != 2 * folds * half:
+        raise UserError(
+            f"{path}, line {lines[0][0]}: {2 * folds * half} pairs announced, {len(lines) - 1} lines follow"
+        )
+    row = {str(name): i for i, name in enumerate(names)}
+    found = []
+    for place, (number, line) in enumerate(lines[1:]):
+        parts = line.split()
+        same = place % (2 * half) < half
+        if len(parts) != (3 if same else 4):
+            raise UserError(f"{path}, line {number}: expected {'name i j' if same else 'name i other j'}, got {line!r}")
+        pair = (parts[0], parts[1], parts[0], parts[2]) if same else tuple(parts)
+        ends = []
+        for person, shot in (pair[:2], pair[2:]):
+            name = f"{person}_{int(shot):04d}" if _is_number(shot) else f"{person}_{shot}"
+            if name not in row:
+                raise UserError(f"{path}, line {number}: there is no image {name}")
+            ends.append(row[name])
+        found.append((ends[0], ends[1], same, place // (2 * half)))
+    return _pairs(found)
+
+
+def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:
+    """The 7,000 pairs of CFP-FF ("FF") or CFP-FP ("FP") in their 10 folds: index pairs into Pair_list_F.txt
+    and, for the second image of FP, into Pair_list_P.txt."""
+    here = folder("cfp") / "protocol"
+    row = {str(name): i for i, name in enumerate(names)}
+    lists = [_cfp_list(here / f"Pair_list_{side}.txt", row) for side in kind]
+    found = []
+    for fold in range(10):
+        for file, same in (("same.txt", True), ("diff.txt", False)):
+            path = here / "Split" / kind / f"{fold + 1:02d}" / file
+            for number, line in _lines(path):
+                parts = line.split(",")
+                if len(parts) != 2 or not all(_is_number(part.strip()) for part in parts):
+                    raise UserError(f"{path}, line {number}: expected 'index,index', got {line!r}")
+                ends = []
+                for part, index in zip(parts, lists, strict=True):
+                    if int(part) not in index:
+                        raise UserError(f"{path}, line {number}: the pair lists have no image {part}")
+                    ends.append(index[int(part)])
+                found.append((ends[0], ends[1], same, fold))
+    return _pairs(found)
+
+
+def _cfp_list(path: Path, row: dict[str, int]) -> dict[int, int]:
+    index: dict[int, int] = {}
+    for number, line in _lines(path):
+        parts = line.split()
+        name = "/".join(parts[-1].removesuffix(".jpg").split("/")[-3:])
+        if len(parts) != 2 or not _is_number(parts[0]) or name not in row:
+            raise UserError(f"{path}, line {number}: expected 'index path of a known image', got {line!r}")
+        if int(parts[0]) in index:
+            raise UserError(f"{path}, line {number}: index {parts[0]} stands there twice")
+        index[int(parts[0])] = row[name]
+    return index
+
+
+def _pairs(found: list[tuple[int, int, bool, int]]) -> Pairs:
+    left, right, same, folds = (np.array(column) for column in zip(*found, strict=True))
+    return Pairs(left, right, same.astype(bool), folds)
+
+
+def _by_person(here: Path, size: int) -> Faces:
+    paths = sorted((here / "images").glob("*/*.jpg"))
+    people = [path.parent.name for path in paths]
+    empty = sorted({p.name for p in (here / "images").iterdir() if p.is_dir()} - set(people))
+    if empty or not paths:
+        raise UserError(f"{here / 'images' / (empty[0] if empty else '')}: no images there")
+    for path in paths:
+        person, _, shot = path.stem.rpartition("_")
+        if person != path.parent.name or not _is_number(shot):
+            raise UserError(f"{path}: expected a name like {path.parent.name}_0001.jpg in this folder")
+    return Faces(_pixels(paths, size, here), np.array([path.stem for path in paths]), np.array(people))
+
+
+def _pixels(paths: Sequence[Path], size: int, here: Path) -> NDArray[np.uint8]:
+    """(N, 3, size, size) of the files in this order, out of the cache where it holds just these files."""
+    if not 1 <= size <= SIDE:
+        raise UserError(f"image_size must be in 1 … {SIDE} for aligned faces, got {size}")
+    key = hashlib.sha256(f"{size}\n".encode())
+    for path in paths:
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise UserError(f"{path} can't be read as an image: {error}") from None
+        key.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+    cache = LOCAL / "faces" / f"{here.name}-{size}-{key.hexdigest()[:16]}.npy"
+    if (known := _cached(cache)) is not None:
+        return known
+    pixels = np.stack([_read(path, size) for path in paths])
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    content = buffer.getvalue()
+    write_atomic(cache, content + hashlib.sha256(content).digest())
+    return pixels
+
+
+def _cached(path: Path) -> NDArray[np.uint8] | None:
+    """What is kept there, an .npy and its sha256; None where that is missing or damaged: then it is made anew."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    content, digest = stored[:-32], stored[-32:]
+    return np.asarray(np.load(io.BytesIO(content))) if hashlib.sha256(content).digest() == digest else None
+
+
+def _read(path: Path, size: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.size != (SIDE, SIDE):
+                raise UserError(f"{path}: {image.size[0]}×{image.size[1]} pixels, aligned faces are {SIDE}×{SIDE}")
+            small = image.convert("RGB").resize((size, size), Image.Resampling.BOX)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's for damaged files
+        raise UserError(f"{path} can't be read as an image: {error}") from None
+    return np.asarray(small).transpose(2, 0, 1)
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a list that hold something, at least one, with their numbers."""
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} can't be read as a list: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8, {error.reason}") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: the list is empty")
+    return lines
+
+
+def _is_number(text: str) -> bool:
+    """Digits that int() reads: no sign, no "²", no thousands of them."""
+    return text.isdecimal() and len(text) < 10
+
+
+def _unique(names: Sequence[str], numbers: Sequence[int], path: Path) -> None:
+    first: dict[str, int] = {}
+    for name, number in zip(names, numbers, strict=True):
+        if name in first:
+            raise UserError(f"{path}, lines {first[name]} and {number}: {name} stands there twice")
+        first[name] = number

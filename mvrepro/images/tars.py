@@ -1,0 +1,100 @@
+"""Tar shards as webdataset writes them: KEY.jpg and KEY.cls (the class id as text), one pair an image.
+
+The key is the path up to the first dot of the file's name; other files of a key are passed over.
+Images are read where they lie, so the shards must not be compressed.
+"""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mvrepro.errors import UserError
+from mvrepro.images.folders import suffix
+from mvrepro.images.source import SUFFIXES, Reader, Source, kept_array, new_file, read_classes, write_classes
+
+
+class Tars(Source):
+    """The images of all shards in the order in which they lie there."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.files = [Reader(path) for path in paths]
+        # (N, 4) int64: shard, offset, bytes, class id. The first time takes a pass over the shards' headers.
+        self._index = kept_array("index", paths, lambda: np.concatenate([_scan(*p) for p in enumerate(self.files)]))
+        self.classes = read_classes(paths[0].parent)
+        if not len(self._index):
+            raise UserError(f"{paths[0]}: no images there")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        shard, offset, count, label = self._index[i].tolist()
+        return self.files[shard].read(offset, count), label
+
+    def labels(self) -> NDArray[np.int64]:
+        return self._index[:, 3]
+
+    def where(self, i: int) -> str:
+        shard, offset, *_ = self._index[i].tolist()
+        return f"{self.files[shard].path}, the file at byte {offset}"
+
+
+def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
+    """(n, 4) of one shard."""
+    images: dict[str, tuple[int, int]] = {}
+    ids: dict[str, int] = {}
+    try:
+        with tarfile.open(file.path, "r:") as tar:
+            for member in tqdm(tar, f"listing {file.path.name}", leave=False, disable=None):
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                if not member.isfile():
+                    continue
+                folder, slash, name = member.name.rpartition("/")
+                key = folder + slash + name.partition(".")[0]
+                kind = "." + name.partition(".")[2].lower()
+                if kind not in (*SUFFIXES, ".cls"):
+                    continue
+                if member.offset_data + member.size > file.size:
+                    raise UserError(f"{file.path}: cut off within {member.name}")
+                if key in (ids if kind == ".cls" else images):
+                    raise UserError(f"{file.path}: {key} has two {'class ids' if kind == '.cls' else 'images'}")
+                if kind == ".cls":
+                    ids[key] = _class_id(file.read(member.offset_data, member.size), f"{file.path}, {member.name}")
+                else:
+                    images[key] = (member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{file.path}: not a whole, uncompressed tar file: {error}") from None
+    alone = sorted(images.keys() ^ ids.keys())
+    if alone:
+        lacks = "class id (.cls)" if alone[0] in images else "image"
+        raise UserError(f"{file.path}: {alone[0]} has no {lacks} ({len(alone)} such keys)")
+    rows = [(shard, *place, ids[key]) for key, place in images.items()]
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _class_id(content: bytes, where: str) -> int:
+    text = content.decode("ascii", "replace").strip()
+    if not (text.isdecimal() and len(text) < 10):
+        raise UserError(f"{where}: expected a class id, got {text[:20]!r}")
+    return int(text)
+
+
+def write_tars(root: Path, source: Source, shard_size: int = 10_000) -> None:
+    """root/000000.tar, 000001.tar, … of shard_size images each, in the order of `source`; the names of
+    classes, where it has them, go to root/classes.txt."""
+    for shard, first in enumerate(range(0, len(source), shard_size)):
+        with new_file(root / f"{shard:06d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            these = range(first, min(first + shard_size, len(source)))
+            for i in tqdm(these, f"writing {shard:06d}.tar", leave=False, disable=None):
+                content, label = source[i]
+                for kind, data in ((suffix(content), content), (".cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{i:09d}{kind}")  # its time is 0: the same images are the same bytes
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    write_classes(root, source)

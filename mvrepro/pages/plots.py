@@ -1,0 +1,170 @@
+"""One style for every figure, and the plots that several notebooks share."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+
+from mvrepro.evidence.runs import by_seed
+from mvrepro.evidence.stats import mean_interval
+from mvrepro.losses import LOSSES
+
+DPI = 150
+COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and the whole page of a two-column paper
+
+PROFILE_NOTES = {
+    "quick": "ORL faces, 20 people to train on and 20 others to test with, a small network; "
+    "it shows the machinery and the tendency, not the paper's scale (notebook 02: digits)",
+    "faces": "trained on CelebA and on CFP, less the people whose names LFW has, tested on LFW (notebook 08: on CFP, "
+    "too; 02: digits); 32×32 pixels, a small network, the easy margin of the authors' code: real protocols, not the "
+    "paper's scale",
+}
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; a marker for each, so that colour is not alone.
+COLOURS = {"cos": "#0072B2", "A": "#CC79A7", "AM": "#E69F00", "Arc": "#009E73"}
+MARKERS = {"–": "o", "fixed": "s", "adaptive": "D"}
+DASHES = {"–": "-", "fixed": "--", "adaptive": ":"}
+
+
+def use_style() -> None:
+    """Set the style of every figure: seaborn's ticks, fonts and sizes as in print."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind")
+    mpl.rcParams.update(
+        {
+            "figure.dpi": DPI,
+            "figure.constrained_layout.use": True,
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.labelsize": 9,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "pdf.fonttype": 42,  # TrueType, which journals ask for and editors can change
+        }
+    )
+
+
+def look(loss: str) -> dict[str, object]:
+    """Colour, marker and line style of a loss: colour is its margin, the rest its emphasis. A margin or emphasis that
+    somebody added is grey, or has crosses, until it has a place in the tables above."""
+    row = LOSSES[loss]
+    emphasis = row.h or "–"
+    return {
+        "color": COLOURS.get(row.f, "#666666"),
+        "marker": MARKERS.get(emphasis, "P"),
+        "linestyle": DASHES.get(emphasis, "-."),
+    }
+
+
+def metric_by_loss(ax: Axes, frame: pd.DataFrame, losses: Sequence[str], metric: str, label: str) -> pd.DataFrame:
+    """Each loss as a row: its seeds as small dots, the mean with its 95 % interval as a large one, in per cent.
+
+    frame: runs.table() narrowed to one run a loss and seed. Returns the means and ends drawn.
+    """
+    rows = []
+    for place, loss in enumerate(losses):
+        values = 100 * frame.loc[frame["loss"] == loss, metric].to_numpy()
+        estimate = mean_interval(values)
+        style = look(loss)
+        ax.plot(values, [place + 0.22] * len(values), ".", color=str(style["color"]), alpha=0.6, markersize=4)
+        ax.errorbar(
+            estimate.mean,
+            place,
+            xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
+            fmt=str(style["marker"]),
+            color=str(style["color"]),
+            capsize=2,
+            markersize=5,
+        )
+        rows.append({"loss": loss, "mean": estimate.mean, "low": estimate.low, "high": estimate.high})
+    ax.set_yticks(range(len(losses)), list(losses))
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+    return pd.DataFrame(rows)
+
+
+def paired_differences(
+    ax: Axes,
+    frame: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    metric: str,
+    label: str,
+    looks: Sequence[Mapping[str, object]] | None = None,
+) -> pd.DataFrame:
+    """Each pair (better, worse) as a row: better − worse of each seed as small dots, the mean with its 95 %
+    interval as a large mark, in points. looks: colour and marker of each row; None: the better loss's.
+
+    frame: runs.table(); of each loss its default t. Returns the means, ends and single differences drawn.
+    """
+    rows = []
+    for place, (better, worse) in enumerate(pairs):
+        difference = 100 * (by_seed(frame, metric, better) - by_seed(frame, metric, worse)).dropna()
+        estimate = mean_interval(difference)
+        style = looks[place] if looks else look(better)
+        colour = str(style["color"])
+        ax.plot(difference, [place + 0.25] * len(difference), ".", color=colour, alpha=0.6, markersize=4)
+        ends = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
+        ax.errorbar(estimate.mean, place, xerr=ends, fmt=str(style["marker"]), color=colour, capsize=2, markersize=5)
+        row = {"better": better, "worse": worse, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+        rows.append(row | {"seeds": list(difference)})
+    ax.axvline(0, color="0.5", linewidth=0.8)
+    ax.set_yticks(range(len(rows)), [f"{better} − {worse}" for better, worse in pairs])
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+    return pd.DataFrame(rows)
+
+
+def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mapping[str, Any]) -> list[float]:
+    """A column of runs.curves() against the epoch: the mean over seeds as a line, lowest to highest as a
+    band. Returns the means drawn."""
+    by_epoch = curves.groupby("epoch")[column]
+    rows = np.column_stack([values for _, values in by_epoch])
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return band(ax, list(by_epoch.groups), rows, label, {"markevery": 4, **style})
+
+
+def band(ax: Axes, x: ArrayLike, rows: ArrayLike, label: str, style: Mapping[str, Any]) -> list[float]:
+    """Rows (S, P), one a seed, over x (P,): the mean over seeds as a line, lowest to highest as a band. For ROC
+    and DET curves, distributions of scores and the like. Returns the means drawn."""
+    values = np.asarray(rows, dtype=np.float64)
+    ax.plot(x, values.mean(axis=0), **{"label": label, "markersize": 4, "linewidth": 1.2, **style})
+    ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+    return list(values.mean(axis=0))
+
+
+def deviate_axis(ax: Axes, side: str, ticks: Sequence[float]) -> None:
+    """Make side ("x" or "y") an axis of normal deviates, as DET curves have it, for rates in (0, 1): equal
+    distances are equal steps of Φ⁻¹(rate). ticks are rates; they are labelled in per cent, as "0.1"."""
+
+    def deviate(rate: ArrayLike) -> NDArray[np.float64]:
+        return np.asarray(norm.ppf(np.clip(rate, 1e-12, 1 - 1e-12)))
+
+    getattr(ax, f"set_{side}scale")("function", functions=(deviate, norm.cdf))
+    getattr(ax, f"set_{side}ticks")(ticks, [f"{100 * tick:g}" for tick in ticks])
+    getattr(ax, f"{side}axis").set_minor_locator(NullLocator())
+
+
+def new_figure(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float = 2.6):  # type: ignore[no-untyped-def]
+    """plt.subplots in the project's sizes (inches)."""
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+
+
+def pictures(figure: Figure) -> tuple[bytes, bytes]:
+    """(PNG, PDF) of a figure: equal figures are equal bytes, since neither holds a date."""
+    png, pdf = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    return png.getvalue(), pdf.getvalue()

@@ -1,0 +1,202 @@
+"""What every report notebook uses: the box at its top, figures with their data, tables, recorded values.
+
+A notebook begins with `report = Report("04", profile)`. Under `make validate` (MVREPRO_VALIDATE=1)
+nothing is written: what would be written is compared with what is committed, and a difference is an error.
+"""
+
+import ast
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
+
+from mvrepro.errors import UserError
+from mvrepro.evidence import claims, runs
+from mvrepro.evidence.values import leaves
+from mvrepro.files import RESULTS, ROOT, read_json, write_atomic, write_json
+from mvrepro.files import display as shown
+from mvrepro.pages import plots
+
+KINDS = ("exact", "training", "measured")
+
+
+class Report:
+    """One notebook's place in results/. notebook: its two digits; profile: such as "quick".
+
+    metric, metric_label: what the profile's verdicts rest on, as a column of runs.table and on an axis.
+    """
+
+    def __init__(self, notebook: str, profile: str) -> None:
+        self.notebook, self.profile = notebook, profile
+        self.metric, self.metric_label = claims.metric(profile)
+        self.validating = os.environ.get("MVREPRO_VALIDATE") == "1"
+        plots.use_style()
+
+    def header(self, *, section: str, equations: str, tested: str, run_time: str, in_short: str = "") -> None:
+        """The box at the top: the section of the paper, its equations, what is tested, what a long page found,
+        the verdicts so far, and how long the notebook takes. All strings are Markdown."""
+        verdicts = claims.evaluate(self.profile, self.notebook)
+        lines = [
+            "| | |",
+            "| --- | --- |",
+            f"| **Section of the paper** | {section} |",
+            f"| **Equations** | {equations} |",
+            f"| **Tested here** | {tested} |",
+            *([f"| **In short** | {in_short} |"] if in_short else []),
+            f"| **Profile** | `{self.profile}`: {plots.PROFILE_NOTES.get(self.profile, '')} |",
+        ]
+        # Claims about exact values are judged at the end of the notebook that computes them: here they
+        # would show what an earlier execution left.
+        exact = {claim["id"] for claim in claims.load() if claim["rule"] == "bound"}
+        lines += [f"| **{v.verdict}** | {v.claim}: {v.found} |" for v in verdicts if v.id not in exact]
+        lines.append(f"| **Run time** | {run_time} |")
+        display(Markdown("\n".join(lines)))
+
+    def verdicts(self) -> None:
+        """The verdicts of this notebook's claims, as a table."""
+        self.table(claim_table(claims.evaluate(self.profile, self.notebook)))
+
+    def figure(self, figure: Figure, name: str, data: Mapping[str, Any], *, alt: str, kind: str) -> None:
+        """Show a figure and save it as results/figures/<profile>/<name>.png, and .pdf for print, with the data
+        behind it and the hash of the .png in <name>.json.
+
+        kind  "exact": pure mathematics; "training": out of runs; "measured": times and memory of one machine
+        """
+        png, pdf = plots.pictures(figure)
+        plt.close(figure)
+        record = {
+            "kind": _known(kind),
+            "alt": alt,
+            "sha256": hashlib.sha256(png).hexdigest(),
+            "data": _plain(data),
+        }
+        folder = RESULTS / "figures" / self.profile
+        if self.validating:
+            committed = self._compare(folder / f"{name}.json", record, ignore={"sha256"})
+            png = (folder / f"{name}.png").read_bytes()
+            if hashlib.sha256(png).hexdigest() != committed["sha256"]:
+                raise UserError(f"{shown(folder / name)}.png is not the picture that {name}.json records")
+        else:
+            write_atomic(folder / f"{name}.png", png)
+            write_atomic(folder / f"{name}.pdf", pdf)
+            write_json(folder / f"{name}.json", record)
+        width = round(figure.get_figwidth() * 100)
+        display(
+            Image(data=png, format="png", width=width, alt=alt), metadata={"image/png": {"alt": alt, "width": width}}
+        )
+
+    def record(self, name: str, values: Mapping[str, float | int | str], *, kind: str) -> None:
+        """Save named values as results/values/<profile>/<name>.json, where claims and readers find them."""
+        record = {"kind": _known(kind), "notebook": self.notebook, "values": _plain(values)}
+        path = RESULTS / "values" / self.profile / f"{name}.json"
+        if self.validating:
+            self._compare(path, record)
+        else:
+            write_json(path, record)
+
+    def table(self, frame: pd.DataFrame) -> None:
+        """Show a table without its index; cells are printed as they are, so format them first."""
+        columns = [str(c) for c in frame.columns]
+        rows = [[str(cell).replace("|", "\\|") for cell in row] for row in frame.itertuples(index=False)]
+        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        display(Markdown("\n".join(lines)))
+
+    def _compare(self, path: Any, record: Mapping[str, Any], ignore: frozenset[str] | set[str] = frozenset()) -> Any:
+        if not path.is_file():
+            raise UserError(f"{shown(path)} is missing: `make reproduce` writes it")
+        committed = read_json(path)
+        for key in record.keys() - ignore:
+            difference = first_difference(committed.get(key), record[key], key)
+            if difference:
+                raise UserError(f"{shown(path)} is not what this notebook computes: {difference}")
+        return committed
+
+
+def claim_table(verdicts: list[claims.Verdict]) -> pd.DataFrame:
+    """The table of claims as readers see it."""
+    return pd.DataFrame(
+        {
+            "Claim": [v.claim for v in verdicts],
+            "Source": [f"{v.source} ({v.mark})" for v in verdicts],
+            "Verdict": [f"**{v.verdict}**" for v in verdicts],
+            "Found": [v.found for v in verdicts],
+            "Notebook": [v.notebook for v in verdicts],
+        }
+    )
+
+
+def mv_gains(frame: pd.DataFrame, metrics: Mapping[str, str]) -> str:
+    """What MV gains over its margin loss at t = 0.2, in points as the mean over seeds, in words for each of metrics.
+
+    frame: runs.table() of one variant; metrics: columns and their names, such as {"rank1": "rank 1"}.
+    """
+    frame = frame[(frame["h"] == "–") | ((frame["t"] - 0.2).abs() < 1e-9)]
+    parts = []
+    for column, name in metrics.items():
+        gains = []
+        for f, form in itertools.product(("AM", "Arc"), "fa"):
+            better, worse = (runs.by_seed(frame, column, loss) for loss in (f"MV-{f}-Softmax-{form}", f"{f}-Softmax"))
+            gains.append(f"{100 * (better - worse).mean():+.2f} (MV-{f}-{form})")
+        parts.append(f"{name} {', '.join(gains)}")
+    return "; ".join(parts)
+
+
+def contents(folder: Path = ROOT / "notebooks") -> pd.DataFrame:
+    """The notebooks that exist: each title as a link, with the section of the paper that its header names."""
+    rows = []
+    for path in sorted(folder.glob("[0-9]*.ipynb")):
+        cells = read_json(path)["cells"]
+        title = "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        keywords = [n for text in code for n in ast.walk(ast.parse(text)) if isinstance(n, ast.keyword)]
+        sections = [ast.literal_eval(k.value) for k in keywords if k.arg == "section"]
+        rows.append((path.stem[:2], f"[{title}]({path.name})", sections[0] if sections else "–"))
+    return pd.DataFrame(rows, columns=["Notebook", "Title", "Section of the paper"])
+
+
+def first_difference(old: Any, new: Any, where: str, tolerance: float = 1e-6) -> str:
+    """ "" where both hold the same: numbers within tolerance (relative, or absolute below 1), all else exactly."""
+    for place, a, b in leaves(old, new, where):
+        numbers = isinstance(a, float | int) and isinstance(b, float | int) and type(a) is not bool
+        if a != b and not (numbers and abs(a - b) <= tolerance * max(1.0, abs(a))):
+            return f"{place} is {a!r} there and {b!r} here"
+    return ""
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.573 -> "57.3"."""
+    return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    return kind
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and frames as lists, so that JSON holds the data; NaN as null."""
+    if isinstance(value, pd.DataFrame):
+        return _plain(value.to_dict("list"))
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.9g}")
+    return value
+
+
+mpl.use("Agg")

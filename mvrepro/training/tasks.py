@@ -1,0 +1,224 @@
+"""What a run trains on and how its embeddings are judged: one task a value of TrainConfig.data.
+
+A task knows data and protocols, never a model: `judge` gets arrays. Its function takes those settings of
+TrainConfig, by name, that it depends on. Lists are read before anything is trained, so that a damaged one
+costs no run.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvrepro import protocols
+from mvrepro.errors import UserError
+from mvrepro.images import photographs, small
+from mvrepro.images.small import Images
+from mvrepro.protocols.verification import BINS
+
+Judged = tuple[dict[str, float], dict[str, Any]]
+
+# Where the ROC of a face test is recorded: three points a decade.
+ROC = tuple(float(f"{x:.2e}") for x in np.logspace(-6, -1, 16))
+DISTRACTORS = (10, 30, 100, 300, 1000, 3000)
+
+
+@dataclass(frozen=True)
+class Task:
+    """train, test     the images of the loop and those to embed
+    judge           (embeddings (N, D) of test, class weights (K, D)) -> (metrics, evidence): shares in
+                    [0, 1] by name, larger is better, and what reports need beside them (curves, counts a
+                    person), as JSON
+    impostor_pairs  how many the FPRs of the metrics are measured with; None: the task has no FPR (folds have none)
+    sizes           what else is worth recording about the data, by name
+    """
+
+    train: Images
+    test: Images
+    judge: Callable[[NDArray[np.float32], NDArray[np.float32]], Judged]
+    impostor_pairs: int | None
+    sizes: dict[str, int]
+
+
+def orl(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...]) -> Task:
+    """ORL faces: people-disjoint; TPR at each FPR over all pairs of the people that training never saw."""
+    train, test = small.split_people(small.orl(image_size), train_people, seed)
+
+    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
+        return _tprs(protocols.all_pairs(embeddings, test.ids, fprs)), {}
+
+    return Task(train, test, judge, protocols.impostor_pairs(test.ids), {})
+
+
+def digits(seed: int) -> Task:
+    """Digits, for the toy geometry: the accuracy of the nearest class weight on images held out."""
+    train, test = small.split_images(small.digits(), 0.25, seed)
+
+    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
+        nearest = (_unit(embeddings) @ _unit(weights).T).argmax(1)
+        return {"accuracy": float(np.mean(nearest == test.ids))}, {}
+
+    return Task(train, test, judge, None, {})
+
+
+def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
+    """Trains on CelebA (people with 3 images at least) and CFP without LFW's people; tests on LFW: View 2,
+    all pairs, BLUFR, identification against distractors. `dev_…` is measured on the CelebA people with
+    two images, whom neither training nor a test uses: settings are chosen by it."""
+    test = photographs.lfw(image_size)
+    train, dev, sizes = _beside(test, photographs.cfp(image_size), image_size, remove, seed)
+    pairs = photographs.lfw_pairs(photographs.folder("lfw") / "pairs.txt", test.names)
+    trials = protocols.blufr_trials(test.names.tolist(), photographs.folder("lfw") / "blufr")
+
+    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
+        ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
+        evidence: dict[str, Any] = {}
+        metrics, evidence["lfw"] = _kfold("lfw", ours, pairs)
+        more, evidence["all_pairs"] = _every_pair(ours, test, fprs)
+        metrics |= more
+        blufr = protocols.blufr(ours, trials)
+        evidence["blufr"] = {"vr": _round(blufr.vr), "dir": _round(blufr.dir)}
+        metrics |= {"blufr_vr@far=0.001": blufr.vr_summary, "blufr_dir@far=0.01": blufr.dir_summary}
+        evidence["rank1"] = _distractors(ours, test, theirs)
+        metrics["rank1"] = evidence["rank1"]["rates"][-1]
+        return metrics | _dev(theirs, dev), evidence
+
+    return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
+
+
+def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
+    """Trains on CelebA and LFW (people with 3 images at least) without CFP's people; tests on CFP-FF and CFP-FP."""
+    test, other = photographs.cfp(image_size), photographs.lfw(image_size)
+    train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
+    pairs = {kind: photographs.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
+
+    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
+        ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
+        metrics: dict[str, float] = {}
+        evidence: dict[str, Any] = {}
+        for kind, chosen in pairs.items():
+            more, evidence[f"cfp_{kind.lower()}"] = _kfold(f"cfp_{kind.lower()}", ours, chosen)
+            metrics |= more
+        more, evidence["all_pairs"] = _every_pair(ours, test, fprs)
+        return metrics | more | _dev(theirs, dev), evidence
+
+    return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
+
+
+TASKS: dict[str, Callable[..., Task]] = {"orl": orl, "digits": digits, "lfw": lfw, "cfp": cfp}
+REMOVALS = ("overlap", "others")
+
+
+def load(name: str, **settings: Any) -> Task:
+    """A task by its name, from those of the settings that it depends on. Raises UserError with the known names."""
+    if name not in TASKS:
+        raise UserError(f"unknown data {name!r}; known are: {', '.join(TASKS)}")
+    task = TASKS[name]
+    return task(**{setting: settings[setting] for setting in inspect.signature(task).parameters})
+
+
+def _beside(
+    test: photographs.Faces, other: photographs.Faces, image_size: int, remove: str, seed: int
+) -> tuple[photographs.Faces, photographs.Faces, dict[str, int]]:
+    """(train, dev, sizes): CelebA and the people of `other` who are not tested; CelebA people with two images."""
+    clean, sizes = _remove(other, test, remove, seed)
+    celeba = photographs.celeba(image_size)
+    return _join(celeba.where(celeba.sizes() >= 3), clean), celeba.where(celeba.sizes() == 2), sizes
+
+
+def _remove(
+    other: photographs.Faces, test: photographs.Faces, remove: str, seed: int
+) -> tuple[photographs.Faces, dict[str, int]]:
+    """`other` without the people of the test set ("overlap"), or, to see what that matters, without as many
+    others instead, whom the seed draws ("others")."""
+    people = np.unique(other.people)
+    known = photographs.overlapping(people, np.unique(test.people))
+    gone = np.array(sorted(known))
+    if remove == "others":
+        gone = np.random.default_rng(seed).choice(np.array(sorted(set(people) - known)), len(known), replace=False)
+    keep = ~np.isin(other.people, gone)
+    sizes = {"removed_people": len(gone), "removed_images": int((~keep).sum())}
+    return other.where(keep), sizes | {"people_also_tested": len(known) if remove == "others" else 0}
+
+
+def _join(a: photographs.Faces, b: photographs.Faces) -> photographs.Faces:
+    columns = (np.concatenate([getattr(a, c), getattr(b, c)]) for c in ("pixels", "names", "people"))
+    return photographs.Faces(*columns)
+
+
+def _kfold(name: str, embeddings: NDArray[np.float32], pairs: photographs.Pairs) -> Judged:
+    scores = protocols.pair_cosines(embeddings, pairs.left, pairs.right)
+    result = protocols.kfold_accuracy(scores, pairs.same, pairs.folds)
+    evidence = {
+        "accuracies": _round(result.accuracies),
+        "thresholds": _round(result.thresholds),
+        # A bit a pair, in the order of the list: reports pair the losses by them, and draw people anew.
+        "correct": np.packbits(result.correct).tobytes().hex(),
+        "histogram": {
+            side: _words(np.histogram(scores[chosen], BINS, (-1, 1))[0])
+            for side, chosen in (("impostor", ~pairs.same), ("genuine", pairs.same))
+        },
+    }
+    return {f"{name}_accuracy": result.mean}, evidence
+
+
+def _every_pair(embeddings: NDArray[np.float32], test: photographs.Faces, fprs: tuple[float, ...]) -> Judged:
+    """TPR at FPRs over every pair; beside it the ROC, histograms, and accepted genuine pairs a person at
+    the first FPR, people in the order of their names."""
+    result = protocols.every_pair(embeddings, test.people, (*fprs, *ROC))
+    points = result.points[: len(fprs)]
+    accepted = result.genuine.astype(np.float64) >= points[0].threshold  # as float32 the threshold would be a tie
+    people, place = np.unique(result.genuine_ids, return_inverse=True)
+    counts = np.bincount(place, accepted, minlength=len(people)).astype(int)
+    share = counts / np.bincount(place)
+    metrics = _tprs(points) | {f"tpr_by_person@fpr={fprs[0]:g}": float(share.mean())}
+    evidence = {
+        "fpr": list(ROC),
+        "tpr": _round([p.tpr for p in result.points[len(fprs) :]]),
+        "histogram": {side: _words(bins) for side, bins in zip(("impostor", "genuine"), result.histogram, strict=True)},
+        "genuine_pairs": _words(np.bincount(place)),
+        "accepted": _words(counts),
+    }
+    return metrics, evidence
+
+
+def _distractors(embeddings: NDArray[np.float32], test: photographs.Faces, more: NDArray[np.float32]) -> dict[str, Any]:
+    """Rank-1 of the second image of each person against the first, among growing numbers of real distractors:
+    the people with one image, and more."""
+    sizes = test.sizes()
+    first = np.unique(test.people, return_index=True)[1]
+    several = sizes[first] >= 2
+    gallery = first[several]
+    probes = gallery + 1  # sorted by name: a person's images stand together
+    pool = np.concatenate([embeddings[sizes == 1], more])
+    pool = pool[np.random.default_rng(0).permutation(len(pool))]
+    steps = (*(n for n in DISTRACTORS if n < len(pool)), len(pool))
+    found = protocols.identify(
+        embeddings[probes], test.people[probes], embeddings[gallery], test.people[gallery], pool, sizes=steps
+    )
+    return {"probes": len(probes), "distractors": list(steps), "rates": _round(found.rates[:, 0])}
+
+
+def _dev(embeddings: NDArray[np.float32], dev: photographs.Faces) -> dict[str, float]:
+    points = protocols.all_pairs(embeddings, dev.people, (0.001,))
+    return {f"dev_{name}": value for name, value in _tprs(points).items()}
+
+
+def _tprs(points: list[protocols.Operating]) -> dict[str, float]:
+    return {f"tpr@fpr={p.fpr:g}": p.tpr for p in points}
+
+
+def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
+
+
+def _words(counts: Any) -> str:
+    """Numbers on one line: as a list, JSON would give each a line of its own."""
+    return " ".join(map(str, counts))
+
+
+def _round(values: Any) -> list[float]:
+    return [round(float(v), 6) for v in values]

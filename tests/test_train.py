@@ -20,7 +20,7 @@ from mvrepro import LOSSES, MarginHead, networks
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
 from mvrepro.images import Pixels
-from mvrepro.training import checkpoint, tasks
+from mvrepro.training import checkpoint, loop, tasks
 from mvrepro.training.batches import normalised
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.logs import Course, Diverged
@@ -564,6 +564,83 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, file: str)
         train(toy(), begin=path)
     assert str(caught.value).startswith(f"{path} is not a readable checkpoint: {file} ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+# Stopped, and gone on with
+
+
+class Stopped(BaseException):
+    """As a kill is: nobody catches it."""
+
+
+def stopped_at(step: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
+    """Run a config until it has taken so many steps."""
+    with monkeypatch.context() as patch:
+        real, taken = loop.Network.step, [0]
+
+        def step_or_stop(*arguments: Any, **options: Any) -> Any:
+            if taken[0] == step:
+                raise Stopped
+            taken[0] += 1
+            return real(*arguments, **options)
+
+        patch.setattr(loop.Network, "step", step_or_stop)
+        with pytest.raises(Stopped):
+            train(config, out=tmp_path / "run.json", work=tmp_path / "work", **how)
+
+
+def result(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "provenance"}
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 9])
+@pytest.mark.parametrize("loss", ["MV-AM-Softmax-a", "A-Softmax"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, loss: str
+) -> None:
+    """In the midst of an epoch of four steps, too, with all that counts steps."""
+    how = {"loss": loss, "epochs": 3, "milestones": (1, 2), "t_warmup": 8, "annealing": True, "margin_epochs": 1}
+    config = faces(**how, snapshot_every=2)
+    whole = train(config)
+    stopped_at(step, config, tmp_path, monkeypatch, resume="same")
+    record = train(config, out=tmp_path / "run.json", work=tmp_path / "work", resume="same")
+    assert result(record) == result(whole)
+    assert record["provenance"]["resumed_from"] == (step // 2 * 2 or None)
+    assert whole["sizes"]["steps"] == 12
+
+
+def test_the_pipeline_leaves_a_record_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOCAL", tmp_path / "local")
+    record = loop.run(faces(snapshot_every=2), tmp_path / "run.json")
+    assert read_json(tmp_path / "run.json") == json.loads(json.dumps(record))
+    assert not list((tmp_path / "local").rglob("*.*"))
+
+
+def test_other_code_or_torch_is_refused_unless_one_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = faces(epochs=2, snapshot_every=2)
+    whole = train(config)
+    stopped_at(6, config, tmp_path, monkeypatch)
+    there = {"out": tmp_path / "run.json", "work": tmp_path / "work"}
+    with pytest.raises(UserError, match="holds a run at step 6: --resume goes on with it"):
+        train(config, **there)
+    monkeypatch.setattr(loop, "CODE", "other code")
+    with pytest.raises(
+        UserError, match=r"written by other code or versions: code was \w+, is other code\. .*--despite-"
+    ):
+        train(config, **there, resume="strict")
+    with pytest.raises(UserError, match=r"is of another run: lr was 0\.05, is 0\.06"):
+        train(dataclasses.replace(config, lr=0.06), **there, resume="despite changes")
+    assert not (tmp_path / "run.json").exists()
+    went_on = train(config, **there, resume="despite changes")
+    assert went_on["provenance"]["resumed_from"] == 6 and went_on["metrics"] == whole["metrics"]
+
+
+def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = faces(epochs=2, snapshot_every=2)
+    stopped_at(6, config, tmp_path, monkeypatch, resume="same")
+    other = dataclasses.replace(config, lr=0.06)
+    record = train(other, out=tmp_path / "run.json", work=tmp_path / "work", resume="same")
+    assert record["provenance"]["resumed_from"] is None and result(record) == result(train(other))
 
 
 # Settings that make no sense

@@ -16,7 +16,7 @@ SHARE: Range = (0, 1)
 def setting(
     text: str, default: Any = MISSING, within: Range | None = None, *, one_of: tuple[str, ...] = (), free: bool = False
 ) -> Any:
-    """text: for --help; within: the least and the largest value, None where the head knows; one_of: the values of a word.
+    """text: for --help; within: the least and the largest value, None where the head knows; one_of: the words.
     free: may change when a run goes on, and between equal runs, since it decides nothing of the weights."""
     about = {"help": text, "within": within, "one_of": one_of, "free": free}
     return field(metadata=about, **({} if default is MISSING else {"default": default}))

@@ -163,11 +163,12 @@ class Session:
             network.head.t, counted = emphasis(config, step, order.an_epoch)
             course.add(lr, *network.step(feed, counted, lr, watch=step % order.an_epoch == 0))
             done = step + 1
-            last, log = done == order.steps, done % config.log_every == 0
+            last = done == order.steps
             snapshot = done % config.snapshot_every == 0 or (last and keep_last)
-            if log or snapshot or last or done % order.an_epoch == 0:
+            log = snapshot or last or done % config.log_every == 0
+            if log or done % order.an_epoch == 0:
                 course.look(done)
-            if log or last:
+            if log:
                 values = course.line() | pace.line(done - first) | {"bad_images": len(feed.bad)}
                 if logs:
                     logs.write(done, values)

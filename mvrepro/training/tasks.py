@@ -124,7 +124,7 @@ class Synthetic:
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         noise = [np.random.Generator(np.random.PCG64(int(i))).bytes(3 * self.size**2) for i in rows]
-        return np.frombuffer(b"".join(noise), np.uint8).reshape(len(rows), 3, self.size, self.size)
+        return np.frombuffer(bytearray(b"".join(noise)), np.uint8).reshape(len(rows), 3, self.size, self.size)
 
 
 def synthetic(synthetic_classes: int, image_size: int, verify: tuple[str, ...]) -> Task:
@@ -144,7 +144,11 @@ class _Joined:
     classes = names = None
 
     def __init__(self, sets: list[Images], size: int) -> None:
-        self.sets, self.starts, self.none = sets, np.cumsum([0, *map(len, sets)]), np.empty((0, 3, size, size), np.uint8)
+        self.sets, self.starts, self.none = (
+            sets,
+            np.cumsum([0, *map(len, sets)]),
+            np.empty((0, 3, size, size), np.uint8),
+        )
         self.labels = np.zeros(int(self.starts[-1]), np.int64)
 
     def __len__(self) -> int:

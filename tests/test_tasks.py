@@ -15,10 +15,10 @@ import pytest
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
+from mvrepro.images import Pixels as Images
 from mvrepro.images import photographs
 from mvrepro.images import small as small_sets
 from mvrepro.images.photographs import Faces, same_name
-from mvrepro.images import Pixels as Images
 from mvrepro.training import tasks
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.tasks import Task

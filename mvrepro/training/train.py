@@ -14,7 +14,7 @@ from mvrepro import networks, protocols
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic, write_json
-from mvrepro.heads.margin import SETTINGS, MarginHead
+from mvrepro.heads.margin import SETTINGS, WATCHED, MarginHead
 from mvrepro.images.small import Images
 from mvrepro.losses import LOSSES
 from mvrepro.provenance import config_hash, provenance
@@ -223,7 +223,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(config.milestones))
     order = torch.Generator().manual_seed(config.seed)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    curve: dict[str, list[float]] = {name: [] for name in ("loss", "lr", *COSINES)}
+    curve: dict[str, list[float]] = {name: [] for name in ("loss", "lr", *WATCHED)}
     step = 0
     # disable=None: a bar in a terminal, silence in a notebook, a pipe or a log.
     bar = trange(config.epochs, desc=config.run_name(), unit="epoch", disable=None, leave=False)
@@ -242,7 +242,7 @@ def fit(
             with half:
                 embeddings = backbone(batch)
             if first == 0:
-                for name, value in cosines(head, embeddings.detach(), truth).items():
+                for name, value in head.watch(embeddings.detach(), truth).items():
                     curve[name].append(value)
             loss = head(embeddings, truth)
             value = loss.item()
@@ -262,18 +262,3 @@ def fit(
         bar.set_postfix(loss=f"{curve['loss'][-1]:.3f}")
         schedule.step()
     return curve
-
-
-COSINES = ("marked_share", "target_cosine", "negative_cosine")
-
-
-@torch.no_grad()
-def cosines(head: MarginHead, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of one batch, by the names of COSINES: the share of negative classes k ≠ y with f(m, θ_y) < cosθ_k,
-    the mean cosθ_y, and the mean cosθ_k of the negative classes."""
-    cos = head.cosines(embeddings)
-    target = cos.gather(1, labels[:, None])
-    marked = (cos > head.margin(target)).scatter(1, labels[:, None], False)
-    negatives = len(labels) * (head.num_classes - 1)
-    values = (marked.sum() / negatives, target.mean(), (cos.sum() - target.sum()) / negatives)
-    return {name: round(value.item(), 6) for name, value in zip(COSINES, values, strict=True)}

@@ -648,17 +648,6 @@ def test_embedding_in_parts_and_with_mirror_images(config_of: Any) -> None:
     torch.testing.assert_close(networks.embed(backbone, images.flip(-1), mirror=True), both)
 
 
-@pytest.mark.parametrize("side", [16, 23, 32, 112])
-@pytest.mark.parametrize("name", ["toy", *networks.IRESNETS])
-def test_networks_take_images_of_any_size(name: str, side: int) -> None:
-    network = networks.build(name, in_channels=3, image_size=side, embedding_dim=6)
-    found = network(torch.randn(2, 3, side, side))
-    assert found.shape == (2, 6)
-    found.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    assert networks.parameter_count(network) == sum(p.numel() for p in network.parameters())
-
-
 # On a GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -20,7 +20,7 @@ class ScaleConfig:
 
     # those without a default come from a profile of params.yaml
     loss: str = setting("a name from mvrepro.losses.LOSSES")
-    backbone: str = setting("a name from mvrepro.networks_large or mvrepro.networks")
+    backbone: str = setting("a name from mvrepro.networks")
     embedding_dim: int = setting("dimensions of an embedding")
     epochs: int = setting("passes over the training set")
     batch_size: int = setting("images a step, on all ranks and in all accumulated parts together")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mvrepro import export, networks, networks_large
+from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import display, read_json, write_json
@@ -114,9 +114,8 @@ def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict
     }
     with ranks.together():
         if ranks.rank == 0:
-            if config.backbone in networks_large.BUILDERS:  # the small ones have no file of their own, see export
-                path = out / "backbone.safetensors"
-                export.save_backbone(path, network.backbone, config.backbone, config.embedding_dim)
+            sizes = {"image_size": config.image_size, "embedding_dim": config.embedding_dim}
+            interchange.save_backbone(out / "backbone.safetensors", network.backbone, config.backbone, **sizes)
             write_json(out / "record.json", record)
     if logs:
         logs.close()

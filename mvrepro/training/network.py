@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mvrepro import networks, networks_large
+from mvrepro import networks
 from mvrepro.errors import UserError
 from mvrepro.heads.margin import SETTINGS
 from mvrepro.heads.sharded import ShardedHead
@@ -178,17 +178,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def build_backbone(config: ScaleConfig) -> nn.Module:
-    """By name, out of backbones_large (112×112) or backbones (any size)."""
-    if config.backbone in networks_large.BUILDERS:
-        if config.image_size != networks_large.SIDE:
-            raise UserError(f"{config.backbone} takes images of {networks_large.SIDE}×{networks_large.SIDE} pixels")
-        return networks_large.build(config.backbone, config.embedding_dim)
-    if config.backbone in networks.IRESNETS:
-        return networks.build(
-            config.backbone, in_channels=3, image_size=config.image_size, embedding_dim=config.embedding_dim
-        )
-    known = ", ".join([*networks_large.BUILDERS, *networks.IRESNETS])
-    raise UserError(f"unknown backbone {config.backbone!r}; known are: {known}")
+    return networks.build(config.backbone, image_size=config.image_size, embedding_dim=config.embedding_dim)
 
 
 def build_head(config: ScaleConfig, classes: int) -> ShardedHead:

@@ -195,8 +195,8 @@ def test_bad_input_is_one_readable_message(tmp_path, faces):
     PEOPLE = ["--data", faces / "people"]
     cases = [
         ("unknown loss 'Hardmax'; known are: Softmax", 1, ["--loss", "Hardmax"], SET),
-        ("unknown backbone 'vit'; known are: iresnet-18", 1, ["--backbone", "vit"], SET),
-        ("iresnet-18 takes images of 112×112 pixels", 1, ["--backbone", "iresnet-18"], SET),
+        ("unknown backbone 'vit'; known are: toy, iresnet-tiny", 1, ["--backbone", "vit"], SET),
+        ("mobilefacenet takes images of 112×112 pixels", 1, ["--backbone", "mobilefacenet"], SET),
         ("batch_size must be a number >= 2, got 1", 1, ["--batch-size", "1"], SET),
         ("must be a multiple of 10, with two images", 2, ["--accumulate", "5"], SET),
         ("--update-in-backward and --accumulate exclude", 1, ["--update-in-backward", "--accumulate", "2"], SET),

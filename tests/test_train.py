@@ -716,38 +716,6 @@ def test_pixels_are_normalised_around_zero() -> None:
     assert found.flatten().tolist() == [-127.5 / 128, -0.5 / 128, 0.5 / 128, 127.5 / 128]
 
 
-def on_circle(*degrees: float) -> torch.Tensor:
-    angles = torch.deg2rad(torch.tensor(degrees))
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
-
-
-@pytest.mark.parametrize(
-    ("loss", "m", "share"),
-    [
-        # Weights at 0°, 90° and 180°. First row at 30°, label 0: cosθ = 0.866, 0.5, −0.866, marked against class 1
-        # where f < 0.5. Second at 50°, label 1: cosθ = 0.643, 0.766, −0.643, marked against class 0 where f < 0.643.
-        ("Softmax", None, 0 / 4),
-        ("AM-Softmax", 0.12, 0 / 4),  # f = 0.746 and 0.646
-        ("AM-Softmax", 0.13, 1 / 4),  # 0.736 and 0.636
-        ("AM-Softmax", 0.37, 2 / 4),  # 0.496 and 0.396
-        ("AM-Softmax", 1.75, 4 / 4),  # below every cosine
-        ("Arc-Softmax", math.radians(25), 1 / 4),  # cos 55° = 0.574 and cos 65° = 0.423
-        ("Arc-Softmax", math.radians(31), 2 / 4),  # cos 61° = 0.485 and cos 71°
-        ("MV-AM-Softmax-a", 0.37, 2 / 4),  # the emphasis does not change what is marked
-    ],
-)
-def test_marked_share_of_a_case_worked_out_by_hand(loss: str, m: float | None, share: float) -> None:
-    head = MarginHead(loss, 2, 3, m=m)
-    head.weight.data = 3 * on_circle(0, 90, 180)
-    found = head.watch(7 * on_circle(30, 50), torch.tensor([0, 1]))
-    target, negative = [30, 40], [60, 150, 50, 130]
-    assert found == {
-        "marked_share": share,
-        "target_cosine": pytest.approx(np.cos(np.radians(target)).mean(), abs=2e-6),
-        "negative_cosine": pytest.approx(np.cos(np.radians(negative)).mean(), abs=2e-6),
-    }
-
-
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_epoch_shows_every_image_once_and_half_of_them_mirrored_with_flip(flip: bool) -> None:
     pixels = np.zeros((200, 1, 8, 8), np.uint8)
@@ -792,17 +760,6 @@ def test_embedding_in_parts_and_with_mirror_images(config_of: Any) -> None:
     both = networks.embed(backbone, images, mirror=True)
     torch.testing.assert_close(both, whole + mirrored)
     torch.testing.assert_close(networks.embed(backbone, images.flip(-1), mirror=True), both)
-
-
-@pytest.mark.parametrize("side", [16, 23, 32, 112])
-@pytest.mark.parametrize("name", ["toy", *networks.IRESNETS])
-def test_networks_take_images_of_any_size(name: str, side: int) -> None:
-    network = networks.build(name, in_channels=3, image_size=side, embedding_dim=6)
-    found = network(torch.randn(2, 3, side, side))
-    assert found.shape == (2, 6)
-    found.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    assert networks.parameter_count(network) == sum(p.numel() for p in network.parameters())
 
 
 # On a GPU

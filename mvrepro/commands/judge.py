@@ -163,7 +163,7 @@ def _kfold(x: Any, left: Any, right: Any, same: Any, folds: Any) -> Metrics:
 
 
 def _load(path: Path) -> Any:
-    from mvrepro.bridge import load_embeddings
+    from mvrepro.interchange import load_embeddings
 
     return load_embeddings(path)
 

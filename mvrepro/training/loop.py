@@ -198,8 +198,8 @@ class Session:
         if features:
             write_atomic(out.with_suffix(".safetensors"), to_bytes(features))
         if work and out.is_relative_to(work):
-            backbone, config = self.network.backbone, self.config
-            interchange.save_backbone(work / "backbone.safetensors", backbone, config.backbone, config.embedding_dim)
+            built = self.network.built
+            interchange.save_backbone(work / "backbone.safetensors", self.network.backbone, self.config.backbone, **built)
         write_json(out, record)
 
 

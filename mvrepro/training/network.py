@@ -35,12 +35,8 @@ class Network:
         self.config, self.ranks, self.shape = config, ranks, shape
         with ranks.together():
             torch.manual_seed(config.seed)
-            backbone = networks.build(
-                config.backbone,
-                in_channels=shape[0],
-                image_size=shape[-1],
-                embedding_dim=config.embedding_dim,
-            )
+            self.built = {"in_channels": shape[0], "image_size": shape[-1], "embedding_dim": config.embedding_dim}
+            backbone = networks.build(config.backbone, **self.built)
             if config.sync_bn and ranks.count > 1:
                 if ranks.device.type == "cpu":
                     raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs")

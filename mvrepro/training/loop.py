@@ -199,7 +199,9 @@ class Session:
             write_atomic(out.with_suffix(".safetensors"), to_bytes(features))
         if work and out.is_relative_to(work):
             built = self.network.built
-            interchange.save_backbone(work / "backbone.safetensors", self.network.backbone, self.config.backbone, **built)
+            interchange.save_backbone(
+                work / "backbone.safetensors", self.network.backbone, self.config.backbone, **built
+            )
         write_json(out, record)
 
 

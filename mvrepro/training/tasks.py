@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.images import Images, Pairs, open_images, photographs, read_bin, small
+from mvrepro.images import Images, Pairs, Pixels, open_images, photographs, read_bin, small
 from mvrepro.protocols.verification import BINS
 from mvrepro.training.config import TrainConfig
 
@@ -89,7 +89,7 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
         metrics["rank1"] = evidence["rank1"]["rates"][-1]
         return metrics | _dev(theirs, dev), evidence
 
-    return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
+    return Task(train, test.joined(dev), judge, protocols.impostor_pairs(test.people), sizes)
 
 
 def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
@@ -108,7 +108,7 @@ def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
         more, evidence["all_pairs"] = _every_pair(ours, test, fprs)
         return metrics | more | _dev(theirs, dev), evidence
 
-    return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
+    return Task(train, test.joined(dev), judge, protocols.impostor_pairs(test.people), sizes)
 
 
 class Synthetic:
@@ -209,17 +209,15 @@ def load(config: TrainConfig) -> Task:
 
 
 def _beside(
-    test: photographs.Faces, other: photographs.Faces, image_size: int, remove: str, seed: int
-) -> tuple[photographs.Faces, photographs.Faces, dict[str, int]]:
+    test: Pixels, other: Pixels, image_size: int, remove: str, seed: int
+) -> tuple[Pixels, Pixels, dict[str, int]]:
     """(train, dev, sizes): CelebA and the people of `other` who are not tested; CelebA people with two images."""
     clean, sizes = _remove(other, test, remove, seed)
     celeba = photographs.celeba(image_size)
-    return _join(celeba.where(celeba.sizes() >= 3), clean), celeba.where(celeba.sizes() == 2), sizes
+    return celeba.where(celeba.sizes() >= 3).joined(clean), celeba.where(celeba.sizes() == 2), sizes
 
 
-def _remove(
-    other: photographs.Faces, test: photographs.Faces, remove: str, seed: int
-) -> tuple[photographs.Faces, dict[str, int]]:
+def _remove(other: Pixels, test: Pixels, remove: str, seed: int) -> tuple[Pixels, dict[str, int]]:
     """`other` without the people of the test set ("overlap"), or, to see what that matters, without as many
     others instead, whom the seed draws ("others")."""
     people = np.unique(other.people)
@@ -232,12 +230,7 @@ def _remove(
     return other.where(keep), sizes | {"people_also_tested": len(known) if remove == "others" else 0}
 
 
-def _join(a: photographs.Faces, b: photographs.Faces) -> photographs.Faces:
-    columns = (np.concatenate([getattr(a, c), getattr(b, c)]) for c in ("pixels", "names", "people"))
-    return photographs.Faces(*columns)
-
-
-def _kfold(name: str, embeddings: NDArray[np.float32], pairs: photographs.Pairs) -> Judged:
+def _kfold(name: str, embeddings: NDArray[np.float32], pairs: Pairs) -> Judged:
     scores = protocols.pair_cosines(embeddings, pairs.left, pairs.right)
     result = protocols.kfold_accuracy(scores, pairs.same, pairs.folds)
     evidence = {
@@ -253,7 +246,7 @@ def _kfold(name: str, embeddings: NDArray[np.float32], pairs: photographs.Pairs)
     return {f"{name}_accuracy": result.mean}, evidence
 
 
-def _every_pair(embeddings: NDArray[np.float32], test: photographs.Faces, fprs: tuple[float, ...]) -> Judged:
+def _every_pair(embeddings: NDArray[np.float32], test: Pixels, fprs: tuple[float, ...]) -> Judged:
     """TPR at FPRs over every pair; beside it the ROC, histograms, and accepted genuine pairs a person at
     the first FPR, people in the order of their names."""
     result = protocols.every_pair(embeddings, test.people, (*fprs, *ROC))
@@ -273,7 +266,7 @@ def _every_pair(embeddings: NDArray[np.float32], test: photographs.Faces, fprs: 
     return metrics, evidence
 
 
-def _distractors(embeddings: NDArray[np.float32], test: photographs.Faces, more: NDArray[np.float32]) -> dict[str, Any]:
+def _distractors(embeddings: NDArray[np.float32], test: Pixels, more: NDArray[np.float32]) -> dict[str, Any]:
     """Rank-1 of the second image of each person against the first, among growing numbers of real distractors:
     the people with one image, and more."""
     sizes = test.sizes()
@@ -290,7 +283,7 @@ def _distractors(embeddings: NDArray[np.float32], test: photographs.Faces, more:
     return {"probes": len(probes), "distractors": list(steps), "rates": _round(found.rates[:, 0])}
 
 
-def _dev(embeddings: NDArray[np.float32], dev: photographs.Faces) -> dict[str, float]:
+def _dev(embeddings: NDArray[np.float32], dev: Pixels) -> dict[str, float]:
     points = protocols.all_pairs(embeddings, dev.people, (0.001,))
     return {f"dev_{name}": value for name, value in _tprs(points).items()}
 

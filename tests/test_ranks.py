@@ -46,7 +46,7 @@ def worker(*runs):
     """[(codes, stdouts, stderrs)] of the runs, see ranks_worker.py; nobody may ever show a traceback."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "ranks_worker.py")],
-        input=json.dumps(runs), capture_output=True, text=True, timeout=120, check=False,
+        input=json.dumps(runs), capture_output=True, text=True, timeout=900, check=False,
         env=environment(1) | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """What runs train on and are judged by: who is in training and test, and what `judge` makes of embeddings.
 
-Images carry their own number as pixels here, so that it can be told whose the images of a task are.
+Pixels carry their own number as pixels here, so that it can be told whose the images of a task are.
 """
 
 import json
@@ -15,10 +15,9 @@ import pytest
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.images import Pixels as Images
-from mvrepro.images import photographs
+from mvrepro.images import Pixels, photographs
 from mvrepro.images import small as small_sets
-from mvrepro.images.photographs import Faces, same_name
+from mvrepro.images.photographs import same_name
 from mvrepro.training import tasks
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.tasks import Task
@@ -41,15 +40,15 @@ class World:
     """The three sets; folder is what MVREPRO_DATA names, of which only the lists are read."""
 
     folder: Path
-    sets: dict[str, Faces]
+    sets: dict[str, Pixels]
 
-    def owners(self, images: Images) -> list[tuple[str, str]]:
+    def owners(self, images: Pixels) -> list[tuple[str, str]]:
         """The set and the person of each image, the person in the form in which names are compared."""
         numbers = images.pixels.reshape(len(images), 3).astype(int) @ [1, 256, 256**2]
         every = [(name, same_name(str(p))) for name in SETS for p in self.sets[name].people]
         return [every[i] for i in numbers]
 
-    def people(self, images: Images) -> set[tuple[str, str]]:
+    def people(self, images: Pixels) -> set[tuple[str, str]]:
         return set(self.owners(images))
 
     def load(self, name: str, remove: str = "overlap", seed: int = 0, fprs: tuple[float, ...] = FPRS) -> Task:
@@ -66,13 +65,13 @@ class World:
         return ours & {same_name(str(p)) for p in self.sets[name].people}
 
 
-def numbered(sets: dict[str, Faces]) -> dict[str, Faces]:
+def numbered(sets: dict[str, Pixels]) -> dict[str, Pixels]:
     """With the number of each image, over all sets, as its three values."""
     result, first = {}, 0
     for name in SETS:
         numbers = np.arange(first, first + len(sets[name]))
         pixels = np.stack([numbers % 256, numbers // 256 % 256, numbers // 256**2], axis=1).astype(np.uint8)
-        result[name] = Faces(pixels[:, :, None, None], sets[name].names, sets[name].people)
+        result[name] = Pixels.of_people(pixels[:, :, None, None], sets[name].people, sets[name].names)
         first += len(numbers)
     return result
 
@@ -82,9 +81,10 @@ def write_lines(path: Path, *lines: str) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def some_faces(people: dict[str, int], names: Any) -> Faces:
+def some_faces(people: dict[str, int], names: Any) -> Pixels:
     rows = [(names(person, shot), person) for person, shots in people.items() for shot in range(1, shots + 1)]
-    return Faces(np.zeros((len(rows), 3, 1, 1), np.uint8), *(np.array(column) for column in zip(*rows, strict=True)))
+    named, owners = (np.array(column) for column in zip(*rows, strict=True))
+    return Pixels.of_people(np.zeros((len(rows), 3, 1, 1), np.uint8), owners, named)
 
 
 def made_up(root: Path) -> World:
@@ -102,7 +102,7 @@ def made_up(root: Path) -> World:
     cfp = some_faces(dict.fromkeys(cfp_people, 14), lambda person, shot: f"{place[person]}/{sides[shot - 1]}")
     numbers = rng.permutation(np.repeat(np.arange(180), np.arange(180) % 4 + 1))  # 45 people each with 1, 2, 3, 4
     owners = np.array([f"celeba-{i:05d}" for i in numbers])
-    celeba = Faces(np.zeros((len(owners), 3, 1, 1), np.uint8), np.arange(len(owners)).astype(str), owners)
+    celeba = Pixels.of_people(np.zeros((len(owners), 3, 1, 1), np.uint8), owners, np.arange(len(owners)).astype(str))
 
     for name in ("lfw", "cfp"):
         (root / name / "images").mkdir(parents=True)
@@ -141,7 +141,10 @@ def made_up(root: Path) -> World:
 def really() -> World:
     """The real sets, none of whose images is opened."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(photographs, "_pixels", lambda paths, size, here: np.zeros((len(paths), 3, 1, 1), np.uint8))
+        blank = lambda images, paths, names, people, size: Pixels.of_people(
+            np.zeros((len(paths), 3, 1, 1), np.uint8), np.array(people), np.array(names)
+        )
+        patch.setattr(photographs, "_read", blank)
         return World(Path(str(REAL)), numbered({name: getattr(photographs, name)(1) for name in SETS}))
 
 
@@ -530,7 +533,7 @@ def on_circle(*degrees: float) -> np.ndarray:
 
 
 def test_digits_are_judged_by_the_nearest_class_weight_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = Images(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 1, 2, 2]))
+    few = Pixels(np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 1, 2, 2]))
     monkeypatch.setattr(small_sets, "split_images", lambda images, share, seed: (images, few))
     task = load("digits", seed=0)
     weights = np.array([[9], [1], [0.1]], np.float32) * on_circle(0, 120, 240)

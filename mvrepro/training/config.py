@@ -96,6 +96,11 @@ class TrainConfig:
     tensorboard: bool = setting('log for TensorBoard, too (pip install "mvrepro[scale]")', False, free=True)
     timeout: float = setting("minutes that ranks wait for each other before they give up", 10.0, (0.01, 1e5), free=True)
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # as YAML and JSON have it
+                object.__setattr__(self, name, tuple(value))
+
     def decisive(self) -> dict[str, Any]:
         """The settings that equal runs share, as JSON has them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["free"]}
@@ -149,7 +154,7 @@ def from_settings(settings: dict[str, Any], where: str) -> TrainConfig:
     if unknown or missing:
         what = f"knows no setting called {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
         raise UserError(f"{where}: {what}")
-    return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    return TrainConfig(**settings)
 
 
 def rate(config: TrainConfig, step: int, steps: int, steps_an_epoch: int) -> float:

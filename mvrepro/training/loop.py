@@ -129,7 +129,11 @@ class Session:
     def about(self) -> dict[str, Any]:
         """What a run that goes on from a snapshot must share with it; the place of a set is not among it."""
         train, settings = self.task.train, self.config.decisive()
-        about = {"ranks": self.ranks.count, "images": len(train), "classes": self.network.head.num_classes}
+        about: dict[str, Any] = {
+            "ranks": self.ranks.count,
+            "images": len(train),
+            "classes": self.network.head.num_classes,
+        }
         about |= {"labels": hashlib.sha256(np.ascontiguousarray(train.labels).tobytes()).hexdigest()}
         del settings["data"]
         return about | settings | {"device": self.ranks.device.type}
@@ -198,10 +202,8 @@ class Session:
         if features:
             write_atomic(out.with_suffix(".safetensors"), to_bytes(features))
         if work and out.is_relative_to(work):
-            built = self.network.built
-            interchange.save_backbone(
-                work / "backbone.safetensors", self.network.backbone, self.config.backbone, **built
-            )
+            path, network = work / "backbone.safetensors", self.network
+            interchange.save_backbone(path, network.backbone, self.config.backbone, **network.built)
         write_json(out, record)
 
 

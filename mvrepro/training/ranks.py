@@ -89,7 +89,7 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and local is not None:
-            if device.index is not None:
+            if ":" in name:
                 raise RuntimeError("each rank finds its own GPU: say cuda")
             if local >= torch.cuda.device_count():
                 raise RuntimeError(

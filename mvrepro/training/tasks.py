@@ -72,6 +72,7 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
     all pairs, BLUFR, identification against distractors. `dev_…` is measured on the CelebA people with
     two images, whom neither training nor a test uses: settings are chosen by it."""
     test = photographs.lfw(image_size)
+    assert test.names is not None
     train, dev, sizes = _beside(test, photographs.cfp(image_size), image_size, remove, seed)
     pairs = photographs.lfw_pairs(photographs.folder("lfw") / "pairs.txt", test.names)
     trials = protocols.blufr_trials(test.names.tolist(), photographs.folder("lfw") / "blufr")
@@ -96,6 +97,7 @@ def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
     """Trains on CelebA and LFW (people with 3 images at least) without CFP's people; tests on CFP-FF and CFP-FP."""
     test, other = photographs.cfp(image_size), photographs.lfw(image_size)
     train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
+    assert test.names is not None
     pairs = {kind: photographs.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
@@ -166,15 +168,16 @@ def _verified(train: Images, verify: tuple[str, ...], size: int) -> Task:
     for path in map(Path, verify):
         if path.stem in sets:
             raise UserError(f"--verify: two sets are called {path.stem}")
-        sets[path.stem] = read_bin(path, size=size)
-        pairs = sets[path.stem][1]
+        images, pairs = read_bin(path)
+        images.size, sets[path.stem] = size, (images, pairs)
         try:
             protocols.kfold_accuracy(np.arange(float(len(pairs))), pairs.same, pairs.folds)
         except ValueError as error:
             raise UserError(f"{path}: ten folds can't be made of its {len(pairs)} pairs: {error}") from None
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
-        metrics, start = {}, 0
+        metrics: dict[str, float] = {}
+        start = 0
         for name, (images, pairs) in sets.items():
             own = embeddings[start : start + len(images)]
             scores = protocols.pair_cosines(own, pairs.left, pairs.right)

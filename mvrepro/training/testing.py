@@ -59,7 +59,8 @@ class Test:
         with ranks.together():
             if ranks.rank == 0:
                 found = judge(task, embeddings, weight)
-        return Tested(*ranks.gather(found[:2])[0], found.features)
+        metrics, evidence = ranks.gather((found.metrics, found.evidence))[0]
+        return Tested(metrics, evidence, found.features)
 
 
 def judge(task: Task, embeddings: NDArray[np.float32], weight: Tensor | None) -> Tested:

@@ -1,10 +1,11 @@
-"""Every notebook of the project obeys the rules of mvrepro.pages.check; nothing is executed here."""
+"""Every notebook of the project obeys the rules for sources or for executed ones; nothing is executed here."""
 
 from pathlib import Path
 
 import pytest
+from notebook_form import source_problems
 
-from mvrepro.pages.check import executed_problems, source_problems
+from mvrepro.pages.check import beside, executed_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -23,5 +24,6 @@ def test_source_notebook(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXECUTED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_executed_notebook(path: Path) -> None:
-    figures = ROOT / "results" / "figures" / path.parent.name
-    assert executed_problems(path, ROOT / "notebooks" / path.name, figures) == []
+    source, figures = beside(path)
+    assert source == ROOT / "notebooks" / path.name
+    assert executed_problems(path, source, figures) == []

@@ -1,4 +1,4 @@
-"""The gate has teeth: notebooks in tests/notebooks/ that must pass or fail, and each rule of pages.check alone."""
+"""The gate has teeth: notebooks in tests/notebooks/ that must pass or fail, and each rule on its own."""
 
 import base64
 import copy
@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from notebook_form import source_problems
 
 from mvrepro.pages import check
+from mvrepro.pages.same import text_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "tests" / "notebooks"
@@ -75,6 +78,19 @@ def test_notebook_without_code_fails(tmp_path: Path) -> None:
     assert "has no cell that pytest collected" in result.stdout
 
 
+def test_no_time_limit_of_nbval_is_short() -> None:
+    """nbval gives a kernel 60 s to start, and a cell's output 5 s."""
+    cleanups: list[Callable[[], object]] = []
+    option = SimpleNamespace(nbval_kernel_startup_timeout=60.0)
+    check.pytest_configure(SimpleNamespace(option=option, add_cleanup=cleanups.append))
+    for undo in cleanups:
+        undo()
+    assert option.nbval_kernel_startup_timeout == 600
+    cell = SimpleNamespace(output_timeout=5)
+    check.pytest_itemcollected(cell)
+    assert cell.output_timeout == 600
+
+
 # The comparison of numbers and text
 
 words = st.text(string.ascii_letters + " ,:()[]%|<>/", max_size=12).map(lambda text: f"{text} ")
@@ -84,14 +100,14 @@ words = st.text(string.ascii_letters + " ,:()[]%|<>/", max_size=12).map(lambda t
 def test_noise_agrees(before: str, value: float, noise: float, after: str) -> None:
     noisy = value * (1 + noise)
     if abs(noisy) < 1e300:
-        assert check.difference(f"{before}{value!r} {after}", f"{before}{noisy!r} {after}") is None
+        assert text_difference(f"{before}{value!r} {after}", f"{before}{noisy!r} {after}") is None
 
 
 @given(words, st.floats(1e-4, 1e12), st.floats(1e-4, 10), st.sampled_from([1, -1]), st.sampled_from([1, -1]), words)
 def test_changed_number_differs(before: str, size: float, change: float, sign: int, way: int, after: str) -> None:
     value = sign * size
     changed = value * (1 + way * change)
-    assert check.difference(f"{before}{value!r} {after}", f"{before}{changed!r} {after}")
+    assert text_difference(f"{before}{value!r} {after}", f"{before}{changed!r} {after}")
 
 
 @given(words, st.floats(), st.integers(), words, st.data())
@@ -101,8 +117,8 @@ def test_changed_letter_or_integer_differs(
     text = f"{before}x{value!r} {value!r} of {count} {after}"
     place = data.draw(st.sampled_from([place for place, letter in enumerate(text) if letter in string.ascii_letters]))
     letter = data.draw(st.sampled_from(string.ascii_letters).filter(lambda letter: letter != text[place]))
-    assert check.difference(text, text[:place] + letter + text[place + 1 :])
-    assert check.difference(text, text.replace(f" of {count} ", f" of {count + 1} "))
+    assert text_difference(text, text[:place] + letter + text[place + 1 :])
+    assert text_difference(text, text.replace(f" of {count} ", f" of {count + 1} "))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +135,8 @@ def test_changed_letter_or_integer_differs(
     ],
 )
 def test_texts_that_agree(recorded: str, computed: str) -> None:
-    assert check.difference(recorded, computed) is None
-    assert check.difference(computed, recorded) is None
+    assert text_difference(recorded, computed) is None
+    assert text_difference(computed, recorded) is None
 
 
 @pytest.mark.parametrize(
@@ -144,8 +160,8 @@ def test_texts_that_agree(recorded: str, computed: str) -> None:
     ],
 )
 def test_texts_that_differ(recorded: str, computed: str) -> None:
-    assert check.difference(recorded, computed)
-    assert check.difference(computed, recorded)
+    assert text_difference(recorded, computed)
+    assert text_difference(computed, recorded)
 
 
 # The rules, on notebooks made here
@@ -248,14 +264,14 @@ SOURCE_RULES: list[tuple[str, Change]] = [
 
 
 def test_good_source_has_no_problem(tmp_path: Path) -> None:
-    assert check.source_problems(write(tmp_path / "a.ipynb", source_cells())) == []
+    assert source_problems(write(tmp_path / "a.ipynb", source_cells())) == []
 
 
 @pytest.mark.parametrize(("problem", "change"), SOURCE_RULES)
 def test_rule_for_sources(tmp_path: Path, problem: str, change: Change) -> None:
     cells = source_cells()
     change(cells)
-    found = check.source_problems(write(tmp_path / "a.ipynb", cells))
+    found = source_problems(write(tmp_path / "a.ipynb", cells))
     assert any(problem in line for line in found), found
 
 
@@ -272,7 +288,7 @@ def test_rule_for_sources(tmp_path: Path, problem: str, change: Change) -> None:
 def test_harmless_code_passes(tmp_path: Path, source: str) -> None:
     cells = source_cells()
     cells[-1]["source"] = source
-    assert check.source_problems(write(tmp_path / "a.ipynb", cells)) == []
+    assert source_problems(write(tmp_path / "a.ipynb", cells)) == []
 
 
 EXECUTED_RULES: list[tuple[str, Change]] = [
@@ -314,7 +330,7 @@ EXECUTED_RULES: list[tuple[str, Change]] = [
 def checked(tmp_path: Path) -> Callable[..., list[str]]:
     """Write an executed notebook with its source and its recorded figure, and ask for its problems."""
     source = write(tmp_path / "notebooks" / "a.ipynb", source_cells())
-    figures = tmp_path / "results" / "figures" / "quick"
+    figures = tmp_path / "results" / "figures" / "quick" / "01"
     figures.mkdir(parents=True)
     record = {"name": "curve", "sha256": hashlib.sha256(PNG).hexdigest()}
     (figures / "curve.json").write_text(json.dumps(record), encoding="utf-8")

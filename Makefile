@@ -65,7 +65,8 @@ validate: env ## re-execute the committed notebooks strictly; check everything t
 	@$(MVREPRO) validate --profile $(PROFILE) $(NOTEBOOK)
 
 figures: env ## every figure of PROFILE as PNG and PDF in build/figures (NB=04: of one notebook)
-	@$(MVREPRO) notebook $(or $(NB),all) --profile $(PROFILE) --out build
+	@for page in $(or $(NB),$(notdir $(wildcard results/executed/$(PROFILE)/*.ipynb))); do \
+	  $(MVREPRO) notebook $$page --profile $(PROFILE) --out build || exit 1; done
 
 test: env ## the tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests

@@ -38,7 +38,7 @@ MUST_FAIL = {
     "fail_stderr": ("rules", "writes to stderr, 'angle is large'"),
     "fail_error_cell": ("rules", "is where papermill's run failed"),
     "fail_figure": ("rules", "that is not one that results/figures/ records"),
-    "fail_figure_missing": ("Cell 1", "recorded figures [], running it again gives ['image/png']"),
+    "fail_figure_missing": ("Cell 1", "figures: recorded '', running it again gives 'image/png'"),
 }
 
 

@@ -436,16 +436,6 @@ def test_a_page_with_other_parameters_goes_to_scratch(
     ]  # fmt: skip
 
 
-def test_all_pages_of_a_profile(notebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(notebooks, 'name = "one"', DRAWS), write(notebooks, "x", name="02-other.ipynb")
-    assert fails(capsys, "notebook", "all").endswith("executed/quick holds no notebook: `make reproduce` makes some")
-    (tmp_path / "results" / "executed" / "quick").mkdir(parents=True)
-    (tmp_path / "results" / "executed" / "quick" / "01-try.ipynb").write_text("the committed one")
-    assert main(["notebook", "all", "--out", str(tmp_path / "build")]) == 0
-    assert files_below(tmp_path / "build") == ["executed/quick/01-try.ipynb", "figures/quick/01/one.json"]
-    assert (tmp_path / "results" / "executed" / "quick" / "01-try.ipynb").read_text() == "the committed one"
-
-
 def test_a_failed_write_of_a_notebook_is_one_message(notebooks: Path, tmp_path: Path) -> None:
     (tmp_path / "results").write_text("no folder")
     with pytest.raises(UserError, match=r"could not write .*01-try.ipynb .*; nothing half-written was kept$"):

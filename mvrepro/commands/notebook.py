@@ -10,7 +10,7 @@ from mvrepro.pages import notebook
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: python -m mvrepro notebook 04 --profile quick"
-    parser.add_argument("name", help="the notebook's number or file name; all: every page that the profile has")
+    parser.add_argument("name", help="the notebook's number or file name")
     parser.add_argument("--profile", default="quick", help="whose runs it reads (default: quick)")
     parser.add_argument(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter"
@@ -27,9 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     parameters = {name: _literal(name, value) for name, value in arguments.parameter}
     out = arguments.out or (notebook.SCRATCH if parameters else None)
-    every = arguments.name == "all"
-    for source in notebook.pages(arguments.profile) if every else [notebook.find(arguments.name)]:
-        print(f"executed {display(notebook.execute(source, arguments.profile, parameters, out))}", flush=True)
+    path = notebook.execute(notebook.find(arguments.name), arguments.profile, parameters, out)
+    print(f"executed {display(path)}")
     return 0
 
 

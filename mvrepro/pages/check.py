@@ -9,7 +9,6 @@ and text exactly, nothing is written, and each notebook has one more test, `rule
 """
 
 import base64
-import copy
 import functools
 import hashlib
 import importlib
@@ -28,7 +27,6 @@ from mvrepro.pages.notebook import START_TIMEOUT_S, literals
 from mvrepro.pages.same import text_difference
 
 MAX_BYTES = 1_000_000
-TEXTS = {"stdout", "stderr", "text/plain", "text/html", "text/markdown", "text/latex"}
 
 _TIME = re.compile(r'[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}|"(?:start_time|end_time|duration)": [^n]')
 ABSOLUTE = re.compile(  # a string that starts with a root, or a usual root anywhere, in a comment too
@@ -134,47 +132,34 @@ def tags(cell: Node) -> set[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Show nbval the recorded text wherever the re-computed one agrees with it; it compares the rest as ever."""
+    """Let nbval compare numbers by tolerance, and miss no figure; and give a slow machine time."""
     os.environ["MVREPRO_VALIDATE"] = "1"  # the kernels' reports compare what they would write
     config.option.nbval_kernel_startup_timeout = max(START_TIMEOUT_S, config.option.nbval_kernel_startup_timeout)
     cell_class = importlib.import_module("nbval.plugin").IPyNbCell
-    original = cell_class.compare_outputs
-
-    def compare_outputs(cell: Any, test: list[Node], ref: list[Node], skip_compare: Any = None) -> bool:
-        where = f"{cell.path.name}, {name(cell.parent.nb.cells.index(cell.cell) + 1, cell.cell)}"
-        test, recorded, differences = copy.deepcopy(test), _texts(ref), []
-        for kind, places in _texts(test).items():
-            for (output, key), (old, old_key) in zip(places, recorded[kind], strict=False):
-                found = text_difference(cell.sanitize(old[old_key]), cell.sanitize(output[key]))
-                if found is None:
-                    output[key] = old[old_key]
-                else:
-                    differences.append(f"{where}, {kind}: {found}")
-        agree: bool = original(cell, test, ref, skip_compare)
-        was, now = _images(ref), _images(test)
-        if was != now:
-            differences.append(f"{where}: recorded figures {was}, running it again gives {now}")
-        cell.comparison_traceback[:0] = differences
-        return agree and was == now
-
-    cell_class.compare_outputs = compare_outputs
-    config.add_cleanup(functools.partial(setattr, cell_class, "compare_outputs", original))
+    config.add_cleanup(functools.partial(setattr, cell_class, "compare_outputs", cell_class.compare_outputs))
+    cell_class.compare_outputs = _same_outputs
 
 
-def _images(outputs: list[Node]) -> list[str]:
-    """The kinds of the pictures shown: nbval would not even miss one that was removed."""
-    return [kind for output in outputs for kind in output.get("data", {}) if kind.startswith("image/")]
+def _same_outputs(cell: Any, test: list[Node], ref: list[Node], skip_compare: Any = None) -> bool:
+    """nbval's IPyNbCell.compare_outputs."""
+    where = f"{cell.path.name}, {name(cell.parent.nb.cells.index(cell.cell) + 1, cell.cell)}"
+    recorded, computed = _shown(ref), _shown(test)
+    found = {kind: text_difference(recorded[kind], computed[kind]) for kind in recorded.keys() | computed.keys()}
+    differences = [f"{where}, {kind}: {difference}" for kind, difference in sorted(found.items()) if difference]
+    cell.comparison_traceback = differences
+    return not differences
 
 
-def _texts(outputs: list[Node]) -> defaultdict[str, list[tuple[Node, str]]]:
-    """Where each kind of text stands, in order; nbval, too, pairs outputs by kind and order."""
-    places: defaultdict[str, list[tuple[Node, str]]] = defaultdict(list)
+def _shown(outputs: list[Node]) -> defaultdict[str, str]:
+    """All that a cell shows of each kind, such as "stdout" or "text/markdown"; of figures, which they are."""
+    shown: defaultdict[str, str] = defaultdict(str)
     for output in outputs:
         if output["output_type"] == "stream":
-            places[output["name"]].append((output, "text"))
-        for kind in TEXTS & set(output.get("data", {})):
-            places[kind].append((output["data"], kind))
-    return places
+            shown[output["name"]] += output["text"]
+        for kind, content in output.get("data", {}).items():
+            figure = kind.startswith("image/")
+            shown["figures" if figure else kind] += f"{kind}\n" if figure else f"{content}\n"
+    return shown
 
 
 def pytest_itemcollected(item: Any) -> None:

@@ -12,7 +12,7 @@ from jupyter_client.manager import AsyncKernelManager
 
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
-from mvrepro.files import RESULTS, ROOT, display, write_atomic
+from mvrepro.files import RESULTS, ROOT, write_atomic
 
 NOTEBOOKS, SCRATCH = ROOT / "notebooks", ROOT / "scratch"
 OUT = "MVREPRO_OUT"  # tells the kernel where the figures of what `execute` runs go
@@ -36,14 +36,6 @@ def find(name: str) -> Path:
         known = ", ".join(path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb")))
         raise UserError(f"{name!r} names {len(found)} notebooks; notebooks/ holds: {known}")
     return found[0]
-
-
-def pages(profile: str) -> list[Path]:
-    """The source notebooks that have been executed on a profile. Raises UserError where there are none."""
-    names = sorted(path.name for path in (RESULTS / "executed" / profile).glob("*.ipynb"))
-    if not names:
-        raise UserError(f"{display(RESULTS / 'executed' / profile)} holds no notebook: `make reproduce` makes some")
-    return [NOTEBOOKS / name for name in names]
 
 
 def execute(source: Path, profile: str, parameters: dict[str, Any] | None = None, out: Path | None = None) -> Path:

@@ -29,7 +29,8 @@ DASHES = {"–": "-", "fixed": "--", "adaptive": ":"}
 
 
 def use_style() -> None:
-    """Set the style of every figure: seaborn's ticks, fonts and sizes as in print."""
+    """Set the style of every figure: seaborn's ticks, fonts and sizes as in print; drawn without a screen."""
+    mpl.use("Agg")
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
     mpl.rcParams.update(
         {

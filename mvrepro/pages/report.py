@@ -15,7 +15,6 @@ from collections.abc import KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython import get_ipython
@@ -48,7 +47,7 @@ class Report:
         self.validating = os.environ.get("MVREPRO_VALIDATE") == "1"
         out = RESULTS if self.validating else Path(os.environ.get(OUT, SCRATCH))
         self._shapes: dict[str, KeysView[str]] = {}
-        self.folder, self.in_results = out / "figures" / profile / notebook, out == RESULTS
+        self.folder, self.forms = out / "figures" / profile / notebook, [] if out == RESULTS else ["png", "pdf"]
         if not self.validating and OUT not in os.environ:
             print(f"figures and values of this notebook go to {shown(self.folder)}")
         plots.use_style()
@@ -57,21 +56,15 @@ class Report:
         """The box at the top: the section of the paper, its equations, what is tested, what a long page found,
         the verdicts so far, and how long the notebook takes. All strings are Markdown."""
         verdicts = claims.evaluate(self.profile, self.notebook)
-        lines = [
-            "| | |",
-            "| --- | --- |",
-            f"| **Section of the paper** | {section} |",
-            f"| **Equations** | {equations} |",
-            f"| **Tested here** | {tested} |",
-            *([f"| **In short** | {in_short} |"] if in_short else []),
-            f"| **Profile** | `{self.profile}`: {claims.metrics()[self.profile].get('about', '')} |",
-        ]
         # Claims about exact values are judged at the end of the notebook that computes them: here they
         # would show what an earlier execution left.
         exact = {claim["id"] for claim in claims.load() if claim["rule"] == "bound"}
-        lines += [f"| **{v.verdict}** | {v.claim}: {v.found} |" for v in verdicts if v.id not in exact]
-        lines.append(f"| **Run time** | {run_time} |")
-        display(Markdown("\n".join(lines)))
+        about = f"`{self.profile}`: {claims.metrics()[self.profile].get('about', '')}"
+        rows = [("Section of the paper", section), ("Equations", equations), ("Tested here", tested)]
+        rows += [("In short", in_short), ("Profile", about)]
+        rows += [(v.verdict, f"{v.claim}: {v.found}") for v in verdicts if v.id not in exact]
+        lines = [f"| **{name}** | {text} |" for name, text in [*rows, ("Run time", run_time)] if text]
+        display(Markdown("\n".join(["| | |", "| --- | --- |", *lines])))
 
     def verdicts(self) -> None:
         """The verdicts of this notebook's claims, as a table."""
@@ -87,16 +80,10 @@ class Report:
         keep  write the PNG in results/, too
         """
         png = plots.picture(figure, "png")
-        record = self._write(name, {"alt": alt, "sha256": hashlib.sha256(png).hexdigest(), "data": _plain(data)}, kind)
-        kept = self.folder / f"{name}.png"
-        if self.validating:
-            content = kept.read_bytes() if kept.is_file() else b""
-            if keep and hashlib.sha256(content).hexdigest() != record["sha256"]:
-                raise UserError(f"{shown(kept)} is not the picture that {name}.json records")
-        elif keep or not self.in_results:
-            write_atomic(kept, png)
-        if not self.validating and not self.in_results:
-            write_atomic(kept.with_suffix(".pdf"), plots.picture(figure, "pdf"))
+        self._write(name, {"alt": alt, "sha256": hashlib.sha256(png).hexdigest(), "data": _plain(data)}, kind)
+        for form in self.forms or (["png"] if keep and not self.validating else []):
+            # Not drawn again as PNG: the layout of a second drawing differs by some pixels.
+            write_atomic(self.folder / f"{name}.{form}", png if form == "png" else plots.picture(figure, form))
         plt.close(figure)
         width = round(figure.get_figwidth() * 100)
         display(
@@ -115,8 +102,8 @@ class Report:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         display(Markdown("\n".join(lines)))
 
-    def _write(self, name: str, content: Mapping[str, Any], kind: str) -> Any:
-        """Write <name>.json, or compare it with the committed one; returns what then stands there."""
+    def _write(self, name: str, content: Mapping[str, Any], kind: str) -> None:
+        """Write <name>.json, or compare it with the committed one."""
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
         if self._shapes.setdefault(name, content.keys()) != content.keys():
@@ -124,15 +111,13 @@ class Report:
         path, record = self.folder / f"{name}.json", {"kind": kind, **content}
         if not self.validating:
             write_json(path, record)
-            return record
+            return
         if not path.is_file():
             raise UserError(f"{shown(path)} is missing: `make reproduce` writes it")
         committed = read_json(path)
         for key in record.keys() - {"sha256"}:  # pixels depend on the fonts
-            found = difference(committed.get(key), record[key], key)
-            if found:
+            if found := difference(committed.get(key), record[key], key):
                 raise UserError(f"{shown(path)} is not what this notebook computes: {found}")
-        return committed
 
 
 def check_parameters(cells: Sequence[str]) -> None:
@@ -147,23 +132,13 @@ def check_parameters(cells: Sequence[str]) -> None:
 
 def claim_table(verdicts: list[claims.Verdict]) -> pd.DataFrame:
     """The table of claims as readers see it."""
-    return pd.DataFrame(
-        {
-            "Claim": [v.claim for v in verdicts],
-            "Source": [f"{v.source} ({v.mark})" for v in verdicts],
-            "Verdict": [f"**{v.verdict}**" for v in verdicts],
-            "Found": [v.found for v in verdicts],
-            "Notebook": [v.notebook for v in verdicts],
-        }
-    )
+    rows = [(v.claim, f"{v.source} ({v.mark})", f"**{v.verdict}**", v.found, v.notebook) for v in verdicts]
+    return pd.DataFrame(rows, columns=["Claim", "Source", "Verdict", "Found", "Notebook"])
 
 
 def mv_gains(frame: pd.DataFrame, metrics: Mapping[str, str]) -> str:
-    """What MV gains over its margin loss at t = 0.2, in points as the mean over seeds, in words for each of metrics.
-
-    frame: runs.table() of one variant; metrics: columns and their names, such as {"rank1": "rank 1"}.
-    """
-    frame = frame[(frame["h"] == "–") | ((frame["t"] - 0.2).abs() < 1e-9)]
+    """What MV gains over its margin loss at its default t, in points as the mean over seeds, in words for each of
+    metrics: columns and their names, such as {"rank1": "rank 1"}. frame: runs.table() of one variant."""
     parts = []
     for column, name in metrics.items():
         gains = []
@@ -205,6 +180,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.9g}")
     return value
-
-
-mpl.use("Agg")

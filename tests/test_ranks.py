@@ -191,7 +191,7 @@ def test_bad_input_is_one_readable_message(tmp_path, faces):
     (tmp_path / "empty").mkdir()
     (tmp_path / "wrong.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
     source = images.open_images(faces / "people")
-    images.write_rec(tmp_path / "holes" / "train.rec", images.Without(source, np.array([2, 3])))
+    images.write_rec(tmp_path / "holes" / "train.rec", source.without(np.array([2, 3])))
     PEOPLE = ["--data", faces / "people"]
     cases = [
         ("unknown loss 'Hardmax'; known are: Softmax", 1, ["--loss", "Hardmax"], SET),

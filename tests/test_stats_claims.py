@@ -396,20 +396,20 @@ def test_holm_can_take_a_verdict_away(add, judge):
     ],
 )
 def test_bound(tmp_path, judge, value, verdict):
-    (tmp_path / "values" / "made-up").mkdir(parents=True)
+    (tmp_path / "figures" / "made-up" / "04").mkdir(parents=True)
     record = {"values": {"error": value}}
-    (tmp_path / "values" / "made-up" / "derivations.json").write_text(json.dumps(record), encoding="utf-8")
+    (tmp_path / "figures" / "made-up" / "04" / "derivations.json").write_text(json.dumps(record), encoding="utf-8")
     found = judge({"id": "b", "rule": "bound", "value": "derivations:error", "bound": 1e-9})["b"]
     assert found.verdict == verdict
     assert found.numbers == {"value": value, "bound": 1e-9}
-    assert found.artifact == "results/values/made-up/derivations.json"
+    assert found.artifact == "results/figures/made-up/04/derivations.json"
 
 
 @pytest.mark.parametrize("content", [None, '{"values": {"other": 1.0}}'])
 def test_bound_without_its_value(tmp_path, judge, content):
-    (tmp_path / "values" / "made-up").mkdir(parents=True)
+    (tmp_path / "figures" / "made-up" / "04").mkdir(parents=True)
     if content:
-        (tmp_path / "values" / "made-up" / "derivations.json").write_text(content, encoding="utf-8")
+        (tmp_path / "figures" / "made-up" / "04" / "derivations.json").write_text(content, encoding="utf-8")
     found = judge({"id": "b", "rule": "bound", "value": "derivations:error", "bound": 1e-9})["b"]
     assert (found.verdict, found.found, found.numbers) == (claims.NOT_TESTED, "not computed yet", {})
 

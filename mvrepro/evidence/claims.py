@@ -1,7 +1,7 @@
 """The paper's claims and their verdicts, by rules that stood in paper/claims.toml before the runs.
 
 Rules:
-    bound     a value that a notebook computed (results/values/<profile>/<artifact>.json) is <= bound:
+    bound     a value that a notebook computed (results/figures/<profile>/<notebook>/<artifact>.json) is <= bound:
               reproduced, else not reproduced. For exact mathematics.
     greater   `better` beats `worse` on the profile's metric, paired over seeds; better_variant,
               worse_variant: in runs of that runs.variant. Reproduced: the one-sided paired
@@ -149,8 +149,8 @@ def _judge(
     found = claim.get("why", "the profile has no such runs" if here else f"judged on {judged_on[0]}")
     if rule == "bound":
         name, key = claim["value"].split(":")
-        artifact = f"results/values/{profile}/{name}.json"
-        path = folder / "values" / profile / f"{name}.json"
+        place = Path("figures", profile, claim["notebook"], f"{name}.json")
+        artifact, path = f"results/{place}", folder / place
         found = "not computed yet"
         values = read_json(path)["values"] if path.is_file() else {}
         if key in values:

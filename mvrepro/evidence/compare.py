@@ -99,12 +99,12 @@ def _compare_report(result: Comparison, path: Path, before: bytes | None, runs_d
         values = _content(before, path)
         result.identical += sum(1 for _ in leaves(values, values, ""))
     elif path.suffix == ".ipynb":
-        from mvrepro.pages import check
+        from mvrepro.pages import same
 
         for where, old, new in _outputs(json.loads(before), read_json(path)):
             if runs_differ:
                 result.derived += 1
-            elif difference := check.difference(old, new):
+            elif difference := same.text_difference(old, new):
                 result.different.append(f"{display(path)}, {where}: {difference}")
             else:
                 result.identical += 1

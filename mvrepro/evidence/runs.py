@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, display, read_json
@@ -73,6 +74,14 @@ def curves(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd
             part.insert(0, name, config[name])
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
+
+
+def features(profile: str, folder: Path = RESULTS) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
+    """(record, arrays) of each run that keeps, beside its record, the features (N, D) of its test images, their ids
+    (N,) and its class weights (K, D); in the order of LOSSES, then of file names."""
+    paths = sorted((folder / "runs" / profile).glob("*.safetensors"))
+    found = [(read_json(path.with_suffix(".json")), load_file(path)) for path in paths]
+    return sorted(found, key=lambda each: list(LOSSES).index(each[0]["config"]["loss"]))
 
 
 def by_seed(frame: pd.DataFrame, metric: str, loss: str, t: float | None = None) -> pd.Series:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -89,10 +90,9 @@ class Pixels:
 
     def joined(self, other: "Pixels") -> "Pixels":
         """The images of both, by their people: who has one name is one person."""
-        both = [None if x is None or y is None else np.concatenate([x, y]) for x, y in (
-            (self.pixels, other.pixels), (self.people, other.people), (self.names, other.names))]  # fmt: skip
-        assert both[0] is not None and both[1] is not None
-        return Pixels.of_people(both[0], both[1], both[2])
+        pixels, people = np.concatenate([self.pixels, other.pixels]), np.concatenate([self.people, other.people])
+        names = None if self.names is None or other.names is None else np.concatenate([self.names, other.names])
+        return Pixels.of_people(pixels, people, names)
 
     def _some(self, keep: NDArray[np.bool_], chosen: NDArray[np.int64]) -> "Pixels":
         order = np.argsort(chosen)
@@ -107,6 +107,7 @@ class Encoded(ABC):
     size: the side that each must have; None: those of one read() must be alike.
     bad_limit: how many of them (for each process that reads) may be passed over because they don't decode. None:
     every image counts, the first that doesn't decode is an error. bad: the numbers of those that were passed over.
+    passed_over: what couldn't even be listed, and why.
     """
 
     labels: NDArray[np.int64]
@@ -114,6 +115,7 @@ class Encoded(ABC):
     names: NDArray[np.str_] | None = None
     size: int | None = None
     bad_limit: int | None = None
+    passed_over: Sequence[str] = ()
 
     @cached_property
     def bad(self) -> set[int]:
@@ -195,6 +197,7 @@ class View(Encoded):
         self, source: Encoded, rows: NDArray[np.int64], labels: NDArray[np.int64], classes: list[str] | None
     ) -> None:
         self.source, self.rows, self.labels, self.classes = source, rows, labels, classes
+        self.passed_over = source.passed_over
 
     def content(self, i: int) -> bytes:
         return self.source.content(int(self.rows[i]))
@@ -230,11 +233,12 @@ def decode(content: bytes, shape: tuple[int, ...] | None = None) -> NDArray[np.u
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if shape is not None and (image.height, image.width) != shape:
-            raise WrongSize(f"{image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}")
-        return np.ascontiguousarray(np.asarray(_rgb(image)).transpose(2, 0, 1))
+            if shape is not None and (image.height, image.width) != shape:
+                raise WrongSize(f"{image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}")
+            return np.ascontiguousarray(np.asarray(_rgb(image)).transpose(2, 0, 1))
     except (WrongSize, MemoryError):
         raise
     except Exception as error:  # for damaged files, Pillow raises all sorts of things

@@ -809,27 +809,24 @@ def test_decoding_gives_pixels() -> None:
 
 
 def test_an_image_that_does_not_decode_is_skipped_and_counted() -> None:
-    bad = [(b"junk", 0), (image(3)[:200], 1), (b"", 2)]
-    data = decoded([*PAIRS[:2], *bad, PAIRS[5]], limit=3)
-    whole = decoded(PAIRS)
-    rows = np.arange(6)
+    """Another of its class stands in for it: what labels say of it holds."""
+    pairs = [(IMAGES[0], 0), (b"junk", 0), (IMAGES[3], 1), (image(3)[:200], 0), (IMAGES[4], 0), (b"", 1)]
+    data = decoded(pairs, limit=3)
     for _ in range(2):  # the same image counts once
-        pixels = data.read(rows)
-    assert (data.standing(rows).tolist(), data.bad) == ([0, 1, 5, 5, 5, 5], {2, 3, 4})
-    assert data.labels[data.standing(rows)].tolist() == [0, 0, 2, 2, 2, 2]
-    assert (pixels[2] == whole.read(np.array([5]))[0]).all()
-    strict = decoded([*PAIRS[:2], *bad, PAIRS[5]], limit=2)
-    message = r"3 images don't decode, more than the limit of 2; the last: a list, image 4: not an"
+        pixels = data.read(np.arange(6))
+    expected = decoded([pairs[i] for i in (0, 4, 2, 4, 4, 2)]).read(np.arange(6))
+    assert np.array_equal(pixels, expected) and data.bad == {1, 3, 5}
+    strict = decoded(pairs, limit=2)
+    strict.read(np.array([1]))
+    message = r"3 images don't decode, more than the limit of 2; the last: a list, image 5: not an"
     with pytest.raises(UserError, match=message):
-        strict.read(np.array([2]))
-    with pytest.raises(UserError, match="none of the 3 images decodes; one of them: a list, image 0"):
-        decoded(bad).read(np.array([0]))
-
-
-def test_the_last_image_that_does_not_decode_is_followed_by_the_first() -> None:
-    source = decoded([PAIRS[3], (b"junk", 9)])
-    source.read(np.array([1]))
-    assert source.labels[source.standing(np.array([1]))].tolist() == [1]
+        strict.read(np.array([5]))
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="no image of the class 7 decodes: leave it out or mend one, a list, image 1"
+        ):
+            (none := decoded([PAIRS[0], (b"junk", 7), (b"", 7)])).read(np.array([1]))
+    assert none.bad == {1, 2}
 
 
 def test_where_every_image_counts_none_stands_for_another() -> None:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     sub = add("prepare", "find the face in each photo and write it aligned to 112×112", PREPARE, _prepare)
     sub.add_argument("raw", type=Path, help="folder of photos, in any depth")
-    sub.add_argument("out", type=Path, help="gets images/… as the photos lie, and landmarks.tsv")
+    sub.add_argument("out", type=Path, help="gets images/… as the photos lie, landmarks.tsv and photos.tsv")
     text = "the face of several: nearest the centre (LFW, CFP; default) or the largest (CelebA)"
     sub.add_argument("--pick", choices=["centre", "largest"], default="centre", help=text)
     text = "how many photos that can't be read may be passed over (default: 100); passed_over.txt lists them"

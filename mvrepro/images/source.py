@@ -7,7 +7,7 @@ import contextlib
 import io
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -133,9 +133,11 @@ class Encoded(ABC):
         """Where image i lies, for messages."""
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """(n, 3, H, W) RGB. For an image that does not decode stands the next one that does: see standing.
+        """(n, 3, H, W) RGB. For an image that does not decode stands the next of its class that does, so that
+        labels[rows] holds.
 
-        Raises UserError that names an image of another size, and the last of more than bad_limit that don't decode.
+        Raises UserError that names an image of another size, the last of more than bad_limit that don't decode, and a
+        class of which none does.
         """
         pixels: list[NDArray[np.uint8]] = []
         shape = None if self.size is None else (self.size, self.size)
@@ -143,10 +145,6 @@ class Encoded(ABC):
             pixels.append(self._pixels(i, shape))
             shape = pixels[0].shape[1:]
         return np.stack(pixels) if pixels else np.empty((0, 3, self.size or 0, self.size or 0), np.uint8)
-
-    def standing(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,): the rows whose images read(rows) has given, so that labels[standing(rows)] are their class ids."""
-        return np.array([self._standing(i) for i in np.asarray(rows).tolist()], np.int64)
 
     def without(self, removed: NDArray[np.int64]) -> "View":
         """Without some of the classes: the "-R" step done for real. The ids of the others stay as they are."""
@@ -159,31 +157,29 @@ class Encoded(ABC):
         classes = None if self.classes is None else [self.classes[i] for i in old.tolist()]
         return View(self, np.arange(len(self)), labels.astype(np.int64), classes)
 
-    def _standing(self, i: int) -> int:
-        while i in self.bad:
-            i = (i + 1) % len(self)
-        return i
-
     def _pixels(self, i: int, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
-        while True:
-            i = self._standing(i)
+        for at in self._stand_ins(i):
             try:
-                return decode(self.content(i), shape)
+                return decode(self.content(at), shape)
             except WrongSize as error:
-                raise UserError(f"{self.where(i)}: {error}") from None
+                raise UserError(f"{self.where(at)}: {error}") from None
             except ValueError as error:
                 if self.bad_limit is None:
-                    raise UserError(f"{self.where(i)} can't be read as an image: {error}") from None
-                self.bad.add(i)
+                    raise UserError(f"{self.where(at)} can't be read as an image: {error}") from None
+                self.bad.add(at)
                 if len(self.bad) > self.bad_limit:
                     raise UserError(
                         f"{len(self.bad)} images don't decode, more than the limit of {self.bad_limit}; "
-                        f"the last: {self.where(i)}: {error}"
+                        f"the last: {self.where(at)}: {error}"
                     ) from None
-                if len(self.bad) == len(self):
-                    raise UserError(
-                        f"none of the {len(self)} images decodes; one of them: {self.where(0)}: {error}"
-                    ) from None
+        raise UserError(f"no image of the class {self.labels[i]} decodes: leave it out or mend one, {self.where(i)}")
+
+    def _stand_ins(self, i: int) -> Iterator[int]:
+        """Image i, then those of its class that follow, in a circle; without those that are known not to decode."""
+        if i not in self.bad:
+            yield i
+        same = np.flatnonzero(self.labels == self.labels[i])
+        yield from (at for at in np.roll(same, -int(np.searchsorted(same, i))).tolist() if at not in self.bad)
 
     def _settings(self) -> dict[str, Any]:
         """What a source that other processes open anew takes along."""

@@ -79,10 +79,10 @@ def read_lines(path: Path, *, empty: bool = False) -> list[tuple[int, str]]:
     return lines
 
 
-def read_column(path: Path, once: Callable[[str], str] | None = None) -> list[str]:
+def read_column(path: Path, once: Callable[[str], str] | None = None, *, empty: bool = False) -> list[str]:
     """The lines of a list of which each stands for something: an empty one between others is an error, and so are
     two that are the same by `once`, where it is given."""
-    lines = read_lines(path)
+    lines = read_lines(path, empty=empty)
     for expected, (number, _) in enumerate(lines, 1):
         if number != expected:
             raise UserError(f"{path}, line {expected}: empty; each line of this list stands for something")

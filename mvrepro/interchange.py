@@ -197,7 +197,8 @@ def load_embeddings(path: Path) -> NDArray[np.floating[Any]]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a readable .npy file: {error}") from None
+        reason = "it holds no plain array of numbers" if "pickle" in str(error) else error
+        raise UserError(f"{path} is not a readable .npy file: {reason}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} holds several arrays (.npz); save the embeddings with numpy.save")
     if array.ndim != 2 or array.dtype.kind != "f" or not array.size:

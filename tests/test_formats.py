@@ -328,6 +328,26 @@ def test_people_that_count_wrong_are_named(tmp_path: Path) -> None:
         images.open_images(by_hand(tmp_path / "b", records))
 
 
+def test_people_that_do_not_fit_the_class_ids_of_their_images_are_named(tmp_path: Path) -> None:
+    """There is one truth about who is on an image, and nothing is read with another."""
+    records = insightface()
+    records[-3:] = [(7, people_record(7, 1, 3)), (8, people_record(8, 3, 5)), (9, people_record(9, 5, 7))]
+    with pytest.raises(UserError, match=r"record 8: its person's images 3 … 4 have the class ids 0 and 1: the"):
+        images.open_images(by_hand(tmp_path / "a", records))
+    records[-3:] = [(7, people_record(7, 1, 4)), (8, people_record(8, 4, 6)), (9, people_record(9, 5, 7))]
+    with pytest.raises(UserError, match=r"record (8|9): "):  # an image of two people
+        images.open_images(by_hand(tmp_path / "b", records))
+    records = insightface()
+    records[1] = (2, record(struct.pack("<IfQQff", 2, 0, 2, 0, 2, 1) + IMAGES[1]))  # in the midst of a person's
+    source = images.open_images(by_hand(tmp_path / "c", records))
+    with pytest.raises(UserError, match="record 2: its class id is 2, but 0 by its person's record"):
+        source.read(np.array([1]))
+
+
+def people_record(key: int, start: int, stop: int) -> bytes:
+    return record(struct.pack("<IfQQff", 2, 0, key, 0, start, stop))
+
+
 @pytest.mark.parametrize("label", [float("nan"), float("inf"), -1.0, 6.5, 1e30])
 def test_keys_that_are_no_numbers_are_named(tmp_path: Path, label: float) -> None:
     records = insightface()
@@ -359,6 +379,80 @@ def test_names_of_classes_must_fit(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"can't be the name of a folder|classes\.txt has 2 names"):
             images.write_folder(tmp_path / "x" / "y", images.open_images(tmp_path / "set"))
     assert not (tmp_path / "x" / "out").exists()
+
+
+def test_names_of_classes_are_read_as_every_list(tmp_path: Path) -> None:
+    images.write_rec(tmp_path / "set" / "train.rec", memory(PAIRS))
+    path = tmp_path / "set" / "classes.txt"
+    path.write_bytes("\ufeffAnn\r\nBe\u0301a \r\nCy\t\r\n\r\n".encode())
+    assert images.open_images(path.parent).classes == ["Ann", "B\u00e9a", "Cy"]
+    for content, message in (
+        ("Ann\nBo\nAnn\n", "lines 1 and 3: Ann stands there twice"),
+        ("B\u00e9a\nBe\u0301a\nCy\n", "lines 1 and 2: B\u00e9a stands there twice"),
+        ("Ann\n\nCy\n", "line 2: empty"),
+        ("Ann\nB\udce9a\nCy\n", "line 2: not UTF-8"),
+    ):
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(UserError, match=rf"classes\.txt, {message}"):
+            images.open_images(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["rec", "tar", "folder"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([b"Ann", b"Jos\xe9"], "class 1 is called 'Jos.udce9', which can't be"),
+        ([b"Ann", b"a\nb"], "class 1 is called 'a.nb', which can't be"),
+        (["Be\u0301a".encode(), "B\u00e9a".encode()], "the classes 0 and 1 are both called B\u00e9a"),
+    ],
+)
+def test_names_that_can_not_be_written_are_refused_before_anything_is(
+    tmp_path: Path, kind: str, names: list[bytes], message: str
+) -> None:
+    for name in names:
+        folder = tmp_path / "set" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(IMAGES[0])
+    source = images.open_images(tmp_path / "set")
+    assert source.read(np.arange(2)).shape == (2, 3, SIZE, SIZE)
+    out = tmp_path / "out"
+    write = {
+        "rec": lambda: images.write_rec(out / "train.rec", source),
+        "tar": lambda: images.write_tars(out, source),
+        "folder": lambda: images.write_folder(out, source),
+    }[kind]
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            write()
+    assert not out.exists() and not list(tmp_path.glob(".writing*"))
+
+
+def test_folders_that_are_no_persons_do_not_stop_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    people = make_folder(tmp_path / "people")
+    (people / "__MACOSX" / "b c").mkdir(parents=True)
+    (people / "__MACOSX" / "b c" / "._0.jpg").write_bytes(b"junk")
+    (people / "up").symlink_to(tmp_path)
+    (people / "d" / "self").symlink_to(people / "d")
+    (people / "d" / "over").symlink_to(people / "b c" / "deeper")  # links that lead on are followed
+    (people / "b c" / "deeper" / "across").symlink_to(people / "d")
+    (people / "locked").mkdir()
+    scan = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root reads everything
+    source = images.open_images(people)
+    assert source.classes == ["b c", "d", "Ångström"]
+    assert sorted({Path(source.where(i)).name for i in range(len(source))}) == ["0.JPG", "1.JPG", "2.JPG"]
+    assert np.bincount(source.labels).tolist() == [4, 3, 2]
+    said = "\n".join(source.passed_over)
+    assert f"{people / 'up'}: leads back to {tmp_path}" in said and "locked: Permission denied" in said
+    assert f"{people / 'd' / 'self'}: leads back to {people / 'd'}" in said
+    with pytest.raises(UserError, match="more than 1 folders can't be listed, such as "):
+        images.open_images(people, bad_limit=1)
 
 
 def test_a_changed_file_is_not_read_with_the_old_index(tmp_path: Path, cache: Path) -> None:
@@ -715,33 +809,74 @@ def test_decoding_gives_pixels() -> None:
 
 
 def test_an_image_that_does_not_decode_is_skipped_and_counted() -> None:
-    bad = [(b"junk", 0), (image(3)[:200], 1), (b"", 2)]
-    data = decoded([*PAIRS[:2], *bad, PAIRS[5]], limit=3)
-    whole = decoded(PAIRS)
-    rows = np.arange(6)
+    """Another of its class stands in for it: what labels say of it holds."""
+    pairs = [(IMAGES[0], 0), (b"junk", 0), (IMAGES[3], 1), (image(3)[:200], 0), (IMAGES[4], 0), (b"", 1)]
+    data = decoded(pairs, limit=3)
     for _ in range(2):  # the same image counts once
-        pixels = data.read(rows)
-    assert (data.standing(rows).tolist(), data.bad) == ([0, 1, 5, 5, 5, 5], {2, 3, 4})
-    assert data.labels[data.standing(rows)].tolist() == [0, 0, 2, 2, 2, 2]
-    assert (pixels[2] == whole.read(np.array([5]))[0]).all()
-    strict = decoded([*PAIRS[:2], *bad, PAIRS[5]], limit=2)
-    message = r"3 images don't decode, more than the limit of 2; the last: a list, image 4: not an"
+        pixels = data.read(np.arange(6))
+    expected = decoded([pairs[i] for i in (0, 4, 2, 4, 4, 2)]).read(np.arange(6))
+    assert np.array_equal(pixels, expected) and data.bad == {1, 3, 5}
+    strict = decoded(pairs, limit=2)
+    strict.read(np.array([1]))
+    message = r"3 images don't decode, more than the limit of 2; the last: a list, image 5: not an"
     with pytest.raises(UserError, match=message):
-        strict.read(np.array([2]))
-    with pytest.raises(UserError, match="none of the 3 images decodes; one of them: a list, image 0"):
-        decoded(bad).read(np.array([0]))
-
-
-def test_the_last_image_that_does_not_decode_is_followed_by_the_first() -> None:
-    source = decoded([PAIRS[3], (b"junk", 9)])
-    source.read(np.array([1]))
-    assert source.labels[source.standing(np.array([1]))].tolist() == [1]
+        strict.read(np.array([5]))
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="no image of the class 7 decodes: leave it out or mend one, a list, image 1"
+        ):
+            (none := decoded([PAIRS[0], (b"junk", 7), (b"", 7)])).read(np.array([1]))
+    assert none.bad == {1, 2}
 
 
 def test_where_every_image_counts_none_stands_for_another() -> None:
     """Of a pair set, whose images are what they are compared as."""
     with pytest.raises(UserError, match=r"a list, image 1 can't be read as an image: not an image \(4 bytes\)"):
         decoded([PAIRS[3], (b"junk", 9)], limit=None).read(np.array([0, 1]))
+
+
+RAMP = np.linspace(0, 255, SIZE * SIZE).reshape(SIZE, SIZE)
+
+
+def modes() -> dict[str, tuple[Image.Image, str, np.ndarray | str]]:
+    """In each mode, a ramp of grey, the format that holds it, and what is right: (H, W) or why it is refused."""
+    grey = Image.fromarray(RAMP.astype(np.uint8))
+    rgba = grey.convert("RGBA")
+    rgba.putalpha(Image.fromarray(np.where(RAMP < 100, 0, 255).astype(np.uint8)))
+    palette = grey.convert("P")
+    palette.info["transparency"] = 0
+    exact = RAMP.astype(np.uint8)
+    return {
+        "L": (grey, "PNG", exact),
+        "1": (grey.convert("1", dither=Image.Dither.NONE), "PNG", np.where(exact > 127, 255, 0)),
+        "I;16": (Image.fromarray((RAMP * 257).astype(np.uint16)), "PNG", RAMP),
+        "I;16 in TIFF": (Image.fromarray((RAMP * 257).astype(np.uint16)), "TIFF", RAMP),
+        "I": (Image.fromarray((RAMP * 1000).astype(np.int32)), "TIFF", "pixels of mode I"),
+        "F": (Image.fromarray(RAMP.astype(np.float32) / 255), "TIFF", "pixels of mode F"),
+        "LA": (grey.convert("LA"), "PNG", exact),
+        "RGBA": (rgba, "PNG", np.where(RAMP < 100, 0, exact)),
+        "P": (palette, "PNG", exact),
+        "CMYK": (grey.convert("RGB").convert("CMYK"), "TIFF", exact),
+    }
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_every_mode_comes_out_right_or_is_refused_by_name(mode: str) -> None:
+    picture, kind, expected = modes()[mode]
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            images.decode(buffer.getvalue())
+    else:
+        np.testing.assert_allclose(images.decode(buffer.getvalue()), np.broadcast_to(expected, (3, SIZE, SIZE)), atol=1)
+
+
+def test_an_image_of_too_many_pixels_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="exceeds limit of 89478485 pixels"):
+        images.decode(buffer.getvalue())
 
 
 BOMB = """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,46 @@ def test_what_is_missing_is_named(lfw: Path, capsys: pytest.CaptureFixture[str])
     assert "all-pairs: embeddings must be finite and of length > 0; row 3 is not" in fails(
         capsys, "all-pairs", "--embeddings", e, "--ids", lfw / "ids.txt"
     )
+
+
+def test_lists_of_other_editors_give_the_same_figures(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, names = lfw / "e.npy", (lfw / "names.txt").read_text().split()
+    ids = ["Bo" if i < 12 else "Zo\u00eb" for i in range(24)]
+    pairs, want = ("--pairs", lfw / "pairs.txt"), []
+    for number, end in enumerate(("\n", "\r\n", " \t\n", "\r")):
+        form, mark = ("NFD", "\ufeff") if number else ("NFC", "")
+        text = end.join(unicodedata.normalize(form, line) for line in ids) + end * (1 + number)
+        (lfw / "i.txt").write_bytes((mark + text).encode())
+        (lfw / "n.txt").write_bytes((mark + end.join(name + ".jpg" * (number % 2) for name in names)).encode())
+        want.append([judged(capsys, "all-pairs", "--embeddings", x, "--ids", lfw / "i.txt", "--fprs", "0.1"),
+                     judged(capsys, "lfw", "--embeddings", x, "--names", lfw / "n.txt", *pairs)])  # fmt: skip
+    (lfw / "pairs.txt").write_bytes(b"\xef\xbb\xbf" + (lfw / "pairs.txt").read_bytes().replace(b"\n", b"\r\n"))
+    want.append([want[0][0], judged(capsys, "lfw", "--embeddings", x, "--names", lfw / "n.txt", *pairs)])
+    assert want == [want[0]] * 5
+
+
+@pytest.mark.parametrize("protocol", ["lfw", "blufr", "cfp-ff", "cfp-fp"])
+def test_an_image_with_two_rows_is_named_with_both_lines(
+    lfw: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    lines = (lfw / "names.txt").read_text().splitlines()
+    lines[9] = f"{lines[2]}.jpg"
+    (lfw / "names.txt").write_text("\n".join(lines))
+    where = {"lfw": ("--pairs", lfw / "pairs.txt"), "blufr": ("--lists", lfw)}.get(protocol, ())
+    error = fails(capsys, protocol, "--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", *where)
+    assert f"names.txt, lines 3 and 10: {lines[2]} stands there twice" in error
+
+
+def test_an_option_of_another_protocol_is_refused(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--embeddings", lfw / "e.npy", "--ids", lfw / "ids.txt")
+    error = fails(capsys, "all-pairs", *given, "--pairs", lfw / "pairs.txt", "--sizes", "3")
+    assert "the protocol all-pairs knows nothing of --pairs, --sizes" in error
+    assert "knows nothing of --fprs" in fails(capsys, "megaface", *given, "--distractors", lfw / "e.npy", "--fprs", "1")
+
+
+def test_text_for_embeddings_is_said_to_be_none(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = fails(capsys, "all-pairs", "--embeddings", lfw / "ids.txt", "--ids", lfw / "ids.txt")
+    assert "ids.txt is not a readable .npy file: it holds no plain array of numbers" in error
 
 
 def test_help_names_every_protocol(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,9 @@
 """`python -m mvrepro data`: fetch, prepare, inspect, overlap and convert sets of faces."""
 
 import argparse
+import io
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from mvrepro import images
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
 from mvrepro.images import align, fetch, photographs
+from mvrepro.images.storage import check_apart
 
 BAR = 40  # characters of the histogram's longest bar
 FETCH = """example:
@@ -41,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     sub = add("prepare", "find the face in each photo and write it aligned to 112×112", PREPARE, _prepare)
     sub.add_argument("raw", type=Path, help="folder of photos, in any depth")
-    sub.add_argument("out", type=Path, help="gets images/… as the photos lie, and landmarks.tsv")
+    sub.add_argument("out", type=Path, help="gets images/… as the photos lie, landmarks.tsv and photos.tsv")
     text = "the face of several: nearest the centre (LFW, CFP; default) or the largest (CelebA)"
     sub.add_argument("--pick", choices=["centre", "largest"], default="centre", help=text)
+    text = "how many photos that can't be read may be passed over (default: 100); passed_over.txt lists them"
+    sub.add_argument("--bad-limit", type=int, default=100, metavar="N", help=text)
 
     sub = add("inspect", "count images and people of a training set", "", _inspect)
     _set_argument(sub)
@@ -68,6 +74,8 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     return int(arguments.does(arguments))
 
 
@@ -79,12 +87,14 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    counts = align.prepare(arguments.raw, arguments.out, pick=arguments.pick)
+    counts = align.prepare(arguments.raw, arguments.out, pick=arguments.pick, bad_limit=arguments.bad_limit)
     print(
         f"{counts['aligned']:,} aligned, {counts['centre']:,} without a face (their centre was taken), "
         f"{counts['several faces']:,} with several faces, {counts['known']:,} were there; "
         f"see {arguments.out / 'landmarks.tsv'}"
     )
+    if "passed over" in counts:
+        print(f"{counts['passed over']:,} could not be read: see {arguments.out / 'passed_over.txt'}")
     return 0
 
 
@@ -96,6 +106,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     low, middle, high = (int(f(present)) for f in (np.min, np.median, np.max))
     print(f"images a person: {low:,} at least, {middle:,} in the median, {high:,} at most")
     print(histogram(present))
+    _list("folders were passed over", source.passed_over)
     try:
         images.check_ids(source.labels, "class ids")
         print(f"class ids: 0 … {len(counts) - 1}, none without an image")
@@ -110,8 +121,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             bad.append(f"{source.where(i)}: {error}")
     print("sizes: " + ", ".join(f"{width}×{height}" for height, width in sorted(sizes)))
-    print("\n".join([f"{len(bad):,} images don't decode", *bad[:20]]) if bad else "every image decodes")
+    _list("images don't decode", bad)
+    if not bad:
+        print("every image decodes")
     return 1 if bad else 0
+
+
+def _list(what: str, lines: Sequence[str]) -> None:
+    if lines:
+        print("\n".join([f"{len(lines):,} {what}", *lines[:20]]))
 
 
 def histogram(counts: NDArray[np.int64]) -> str:
@@ -140,6 +158,7 @@ def _overlap(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    check_apart(arguments.out, arguments.set)
     holes = arguments.without is not None or arguments.to != "rec"
     source = images.open_images(arguments.set, renumber=arguments.renumber, allow_holes=holes)
     left_out = ""
@@ -159,4 +178,5 @@ def _convert(arguments: argparse.Namespace) -> int:
     else:
         (images.write_tars if arguments.to == "tar" else images.write_folder)(arguments.out, source)
     print(f"wrote {len(source):,} images of {len(np.unique(source.labels)):,} people to {arguments.out}{left_out}")
+    _list("folders were passed over", source.passed_over)
     return 0

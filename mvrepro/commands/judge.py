@@ -1,6 +1,7 @@
 """`python -m mvrepro judge`: anybody's embeddings, out of .npy files, by any protocol."""
 
 import argparse
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mvrepro.images.source import SUFFIXES
 
 Metrics = dict[str, float]
 OPTIONS: dict[str, dict[str, Any]] = {
+    "embeddings": {"type": Path, "help": "(N, D) floats of any length (.npy); the probes, where there are"},
     "names": {"type": Path, "help": "a line a row: the image, such as Aaron_Eckhart_0001 or 001/frontal/01"},
     "ids": {"type": Path, "help": "a line a row: the person"},
     "pairs": {"type": Path, "help": "LFW's pairs.txt (default: that in MVREPRO_DATA)"},
@@ -31,143 +33,134 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     wide = max(map(len, PROTOCOLS))
-    parser.epilog = "protocols, and what each needs beside --embeddings [and takes]:\n" + "\n".join(
-        f"  {name:{wide}}  {text} ({' '.join([*map(_option, needs), *(f'[{_option(o)}]' for o in takes)])})"
-        for name, (_, text, needs, takes) in PROTOCOLS.items()
+    parser.epilog = "protocols, and what each needs [and takes]:\n" + "\n".join(
+        f"  {name:{wide}}  {(protocol.__doc__ or '').rstrip('.')} "
+        f"({' '.join([_options(needs), *(f'[{_options([option])}]' for option in takes)])})"
+        for name, protocol in PROTOCOLS.items()
+        for needs, takes in [_inputs(protocol)]
     )
-    add = parser.add_argument
-    add("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help="one of those below")
-    text = "(N, D) floats of any length (.npy); the probes, where there are"
-    add("--embeddings", type=Path, required=True, help=text)
+    parser.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help="one of those below")
     for name, settings in OPTIONS.items():
-        add(_option(name), **settings)
-    add("--out", type=Path, help="write the figures there, too (JSON)")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        parser.add_argument(_options([name]), required=name == "embeddings", **settings)
+    parser.add_argument("--out", type=Path, help="write the figures there, too (JSON)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    judge, _, needs, takes = PROTOCOLS[arguments.protocol]
-    given = {name for name in OPTIONS if getattr(arguments, name) is not None}
-    for wrong, text in ((set(needs) - given, "needs {}, too"), (given - {*needs, *takes}, "knows nothing of {}")):
-        if wrong:
-            listed = ", ".join(_option(name) for name in OPTIONS if name in wrong)
-            raise UserError(f"the protocol {arguments.protocol} {text.format(listed)}")
+    protocol = PROTOCOLS[arguments.protocol]
+    needs, takes = _inputs(protocol)
+    given = [name for name in OPTIONS if getattr(arguments, name) is not None]
+    if missing := [name for name in needs if name not in given]:
+        raise UserError(f"the protocol {arguments.protocol} needs {_options(missing, ', ')}, too")
+    if foreign := [name for name in given if name not in needs + takes]:
+        raise UserError(f"the protocol {arguments.protocol} knows nothing of {_options(foreign, ', ')}")
+    inputs: dict[str, Any] = {}
+    for name in given:
+        value = getattr(arguments, name)
+        if name in ("embeddings", "gallery", "distractors"):
+            from mvrepro.interchange import load_embeddings  # which needs torch
+
+            value = load_embeddings(value)
+        elif name in ("names", "ids", "gallery_ids"):  # embeddings and gallery come before them
+            rows = "gallery" if name == "gallery_ids" else "embeddings"
+            lines = read_column(value, _plain if name == "names" else None)
+            if len(lines) != len(inputs[rows]):
+                raise UserError(
+                    f"{value} has {len(lines)} lines, {getattr(arguments, rows)} has {len(inputs[rows])} rows: "
+                    "one each is needed, in their order"
+                )
+            value = np.array([_plain(line) if name == "names" else line for line in lines])
+        inputs[name] = value
     try:
-        metrics = judge(_load(arguments.embeddings), arguments)
+        metrics = protocol(**inputs)
     except ValueError as error:  # the protocols' word on arrays that don't fit
         raise UserError(f"{arguments.protocol}: {error}") from None
-    for name, value in metrics.items():
-        print(f"{name}: {100 * value:.2f} %")
+    for name, rate in metrics.items():
+        print(f"{name}: {100 * rate:.2f} %")
     if arguments.out:
         write_json(arguments.out, {"protocol": arguments.protocol, "metrics": metrics})
     return 0
 
 
-def _lfw(x: Any, arguments: argparse.Namespace) -> Metrics:
-    names = _names(x, arguments)
-    return _kfold(x, photographs.lfw_pairs(arguments.pairs or photographs.folder("lfw") / "pairs.txt", names))
+def _inputs(protocol: Callable[..., Metrics]) -> tuple[list[str], list[str]]:
+    """The options that a protocol needs, and those that it takes."""
+    parameters = inspect.signature(protocol).parameters.values()
+    needs = [p.name for p in parameters if p.default is p.empty]
+    return needs, [p.name for p in parameters if p.name not in needs]
 
 
-def _cfp(x: Any, arguments: argparse.Namespace) -> Metrics:
-    return _kfold(x, photographs.cfp_pairs(arguments.protocol[-2:].upper(), _names(x, arguments)))
+def _options(names: list[str], between: str = " ") -> str:
+    return between.join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def _bin(x: Any, arguments: argparse.Namespace) -> Metrics:
-    images, pairs = read_bin(arguments.bin)
-    if len(x) != len(images):
-        raise UserError(f"{arguments.embeddings} has {len(x)} rows, {arguments.bin} has {len(images)} images")
-    return _kfold(x, pairs)
+def _plain(name: str) -> str:
+    """The name of an image, without the suffix of its file."""
+    return next((name[: -len(end)] for end in SUFFIXES if name.lower().endswith(end)), name)
 
 
-def _blufr(x: Any, arguments: argparse.Namespace) -> Metrics:
-    lists = arguments.lists or photographs.folder("lfw") / "blufr"
-    result = protocols.blufr(x, protocols.blufr_trials(_names(x, arguments), lists))
+def _lfw(embeddings: Any, names: Any, pairs: Path | None = None) -> Metrics:
+    """LFW View 2."""
+    return _kfold(embeddings, photographs.lfw_pairs(pairs or photographs.folder("lfw") / "pairs.txt", names))
+
+
+def _cfp_ff(embeddings: Any, names: Any) -> Metrics:
+    """CFP-FF, with the lists in MVREPRO_DATA."""
+    return _kfold(embeddings, photographs.cfp_pairs("FF", names))
+
+
+def _cfp_fp(embeddings: Any, names: Any) -> Metrics:
+    """CFP-FP, with the lists in MVREPRO_DATA."""
+    return _kfold(embeddings, photographs.cfp_pairs("FP", names))
+
+
+def _bin(embeddings: Any, bin: Path) -> Metrics:
+    """The pairs of an InsightFace .bin (LFW, CFP, AgeDB-30, CALFW, CPLFW, …), ten folds in order."""
+    images, pairs = read_bin(bin)
+    if len(embeddings) != len(images):
+        raise UserError(f"the array of embeddings has {len(embeddings)} rows, {bin} has {len(images)} images")
+    return _kfold(embeddings, pairs)
+
+
+def _all_pairs(embeddings: Any, ids: Any, fprs: tuple[float, ...] = (1e-3,)) -> Metrics:
+    """TPR at each of --fprs over every pair of rows."""
+    return {f"tpr@fpr={p.fpr:g}": p.tpr for p in protocols.all_pairs(embeddings, ids, fprs)}
+
+
+def _blufr(embeddings: Any, names: Any, lists: Path | None = None) -> Metrics:
+    """BLUFR on LFW: mean − standard deviation over its trials."""
+    trials = protocols.blufr_trials(names, lists or photographs.folder("lfw") / "blufr")
+    result = protocols.blufr(embeddings, trials)
     return {"vr@far=0.001": result.vr_summary, "dir@far=0.01": result.dir_summary}
 
 
-def _all_pairs(x: Any, arguments: argparse.Namespace) -> Metrics:
-    points = protocols.all_pairs(x, _ids(x, arguments), arguments.fprs or [1e-3])
-    return {f"tpr@fpr={p.fpr:g}": p.tpr for p in points}
-
-
-def _identify(x: Any, arguments: argparse.Namespace) -> Metrics:
-    gallery = _load(arguments.gallery)
-    whose = _lines(arguments.gallery_ids, gallery, arguments.gallery)
-    distractors, sizes = _distractors(arguments)
-    found = protocols.identify(x, _ids(x, arguments), gallery, whose, distractors, sizes=sizes)
+def _identify(
+    embeddings: Any, ids: Any, gallery: Any, gallery_ids: Any, distractors: Any, sizes: list[int] | None = None
+) -> Metrics:
+    """Rank 1 of probes in a gallery, against distractors."""
+    sizes = sizes or [len(distractors)]
+    found = protocols.identify(embeddings, ids, gallery, gallery_ids, distractors, sizes=sizes)
     return {f"rank1@{size}": float(rate) for size, rate in zip(found.sizes, found.rates[:, 0], strict=True)}
 
 
-def _megaface(x: Any, arguments: argparse.Namespace) -> Metrics:
-    distractors, sizes = _distractors(arguments)
-    found = protocols.megaface(x, _ids(x, arguments), distractors, sizes=sizes)
+def _megaface(embeddings: Any, ids: Any, distractors: Any, sizes: list[int] | None = None) -> Metrics:
+    """MegaFace challenge 1: rank 1, and TPR at FAR 1e-6."""
+    found = protocols.megaface(embeddings, ids, distractors, sizes=sizes or [len(distractors)])
     rates = {f"rank1@{size}": float(rate) for size, rate in zip(found.sizes, found.rank1, strict=True)}
     return rates | {f"tpr@far={found.verification.fpr:g}": found.verification.tpr}
 
 
-def _trillion_pairs(x: Any, arguments: argparse.Namespace) -> Metrics:
-    found = protocols.trillion_pairs(x, _ids(x, arguments), _distractors(arguments)[0])
+def _trillion_pairs(embeddings: Any, ids: Any, distractors: Any) -> Metrics:
+    """A reading of Trillion Pairs: Id at FAR 1e-3, Ver at FAR 1e-9."""
+    found = protocols.trillion_pairs(embeddings, ids, distractors)
     return {"id@far=0.001": found.identification.tpr, "ver@far=1e-09": found.verification.tpr}
 
 
-# name -> function, what it is, the options that it needs and those that it takes
-PROTOCOLS: dict[str, tuple[Callable[[Any, argparse.Namespace], Metrics], str, list[str], list[str]]] = {
-    "lfw": (_lfw, "LFW View 2", ["names"], ["pairs"]),
-    "cfp-ff": (_cfp, "CFP-FF, with the lists in MVREPRO_DATA", ["names"], []),
-    "cfp-fp": (_cfp, "CFP-FP, with the lists in MVREPRO_DATA", ["names"], []),
-    "bin": (_bin, "the pairs of an InsightFace .bin (AgeDB-30, CALFW, …), ten folds in order", ["bin"], []),
-    "blufr": (_blufr, "BLUFR on LFW: mean − standard deviation over its trials", ["names"], ["lists"]),
-    "all-pairs": (_all_pairs, "TPR at each of --fprs over every pair of rows", ["ids"], ["fprs"]),
-    "identify": (
-        _identify,
-        "rank 1 of probes in a gallery, against distractors",
-        ["ids", "gallery", "gallery_ids", "distractors"],
-        ["sizes"],
-    ),
-    "megaface": (_megaface, "MegaFace challenge 1: rank 1, and TPR at FAR 1e-6", ["ids", "distractors"], ["sizes"]),
-    "trillion-pairs": (
-        _trillion_pairs,
-        "a reading of Trillion Pairs: Id at FAR 1e-3, Ver at FAR 1e-9",
-        ["ids", "distractors"],
-        [],
-    ),
-}
-
-
-def _kfold(x: Any, pairs: Any) -> Metrics:
-    result = protocols.kfold_accuracy(protocols.pair_cosines(x, pairs.left, pairs.right), pairs.same, pairs.folds)
+def _kfold(embeddings: Any, pairs: Any) -> Metrics:
+    scores = protocols.pair_cosines(embeddings, pairs.left, pairs.right)
+    result = protocols.kfold_accuracy(scores, pairs.same, pairs.folds)
     return {"accuracy": result.mean, "standard deviation over folds": result.std}
 
 
-def _load(path: Path) -> Any:
-    from mvrepro.interchange import load_embeddings  # which needs torch
-
-    return load_embeddings(path)
-
-
-def _ids(x: Any, arguments: argparse.Namespace) -> list[str]:
-    return _lines(arguments.ids, x, arguments.embeddings)
-
-
-def _names(x: Any, arguments: argparse.Namespace) -> Any:
-    """(N,) names of the images, without the suffixes of files; each once."""
-    return np.array([_plain(name) for name in _lines(arguments.names, x, arguments.embeddings, once=_plain)])
-
-
-def _plain(name: str) -> str:
-    return next((name[: -len(end)] for end in SUFFIXES if name.lower().endswith(end)), name)
-
-
-def _lines(path: Path, rows: Any, of: Path, once: Callable[[str], str] | None = None) -> list[str]:
-    lines = read_column(path, once)
-    if len(lines) != len(rows):
-        raise UserError(f"{path} has {len(lines)} lines, {of} has {len(rows)} rows: one each is needed, in their order")
-    return lines
-
-
-def _distractors(arguments: argparse.Namespace) -> tuple[Any, list[int]]:
-    x = _load(arguments.distractors)
-    return x, arguments.sizes or [len(x)]
+PROTOCOLS: dict[str, Callable[..., Metrics]] = {
+    function.__name__[1:].replace("_", "-"): function
+    for function in (_lfw, _cfp_ff, _cfp_fp, _bin, _blufr, _all_pairs, _identify, _megaface, _trillion_pairs)
+}

@@ -11,6 +11,8 @@ from mvrepro.errors import UserError
 from mvrepro.images.source import SUFFIXES, Encoded
 from mvrepro.images.storage import class_names, new_set
 
+HIDDEN = (".", "__MACOSX", "lost+found")  # how names of files and folders begin that systems make for themselves
+
 
 class Files(Encoded):
     """Image files below a folder. Their paths are kept as one block of bytes: about 40 bytes an image."""
@@ -41,27 +43,38 @@ class Files(Encoded):
 
 
 class Folder(Files):
-    """Class ids follow the sorted names of the folders in `root`; an image may lie deeper than they."""
+    """Class ids follow the sorted names of the folders in `root`; an image may lie deeper than they. Folders that can't
+    be read, or lead back, are passed over, up to a limit."""
 
-    def __init__(self, root: Path) -> None:
-        counts = dict.fromkeys(people_in(root), 0)
+    def __init__(self, root: Path, limit: int = 100) -> None:
+        counts, passed_over = dict.fromkeys(people_in(root), 0), list[str]()
 
         def listed() -> Iterator[str]:
-            for person in tqdm(counts, f"listing {root.name}", leave=False, disable=None):
-                for path in sorted(images_in(root / person)):
+            for person in tqdm(list(counts), f"listing {root.name}", leave=False, disable=None):
+                before = len(passed_over)
+                for path in sorted(images_in(root / person, passed_over, (root.resolve(),))):
                     counts[person] += 1
                     yield f"{person}/{path}"
-                if not counts[person]:
+                if len(passed_over) > limit:
+                    raise UserError(f"{root}: more than {limit} folders can't be listed, such as {passed_over[-1]}")
+                if not counts[person] and len(passed_over) == before:
                     raise UserError(f"{root / person}: no images there ({', '.join(SUFFIXES)})")
+                if not counts[person]:
+                    del counts[person]
 
         super().__init__(root, listed())
-        self.classes, self.labels = list(counts), np.repeat(np.arange(len(counts)), list(counts.values()))
+        if not counts:
+            raise UserError(f"{root}: none of its folders can be read, such as {passed_over[0]}")
+        self.classes, self.passed_over = list(counts), passed_over
+        self.labels = np.repeat(np.arange(len(counts)), list(counts.values()))
 
 
 def people_in(root: Path) -> list[str]:
-    """The sorted names of the folders in a folder, one at least, without hidden ones."""
+    """The sorted names of the folders in a folder, one at least, without HIDDEN ones."""
     try:
-        people = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        people = sorted(
+            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(HIDDEN)
+        )
     except OSError as error:
         raise UserError(f"{root} can't be read as a folder: {error.strerror or error}") from None
     if not people:
@@ -69,16 +82,26 @@ def people_in(root: Path) -> list[str]:
     return people
 
 
-def images_in(folder: Path, prefix: str = "") -> Iterator[str]:
-    """The paths of the images in a folder, in any depth and order. What is hidden, and what is no image by its suffix,
-    is passed over."""
-    for entry in os.scandir(folder):
-        if entry.name[0] == ".":
+def images_in(folder: Path, passed_over: list[str], above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """The paths of the images in a folder, in any depth and order. What is HIDDEN, and what is no image by its suffix,
+    doesn't count; folders that can't be read, or contain one of those above them, are added to passed_over."""
+    here = Path(os.path.realpath(folder))
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        passed_over.append(f"{folder}: {error.strerror or error}")
+        return
+    if any(one.is_relative_to(here) for one in above):
+        passed_over.append(f"{folder}: leads back to {here}")
+        return
+    for entry in entries:
+        if entry.name.startswith(HIDDEN):
             continue
         if entry.name.lower().endswith(SUFFIXES):
-            yield prefix + entry.name
+            yield entry.name
         elif entry.is_dir():
-            yield from images_in(folder / entry.name, f"{prefix}{entry.name}/")
+            inside = images_in(folder / entry.name, passed_over, (*above, here))
+            yield from (f"{entry.name}/{path}" for path in inside)
 
 
 def write_folder(root: Path, source: Encoded) -> None:

@@ -25,7 +25,7 @@ def open_images(
     them beside its images: a pass over the file, the first time.
     Raises UserError where nothing of that is there.
     """
-    source = _open(Path(path))
+    source = _open(Path(path), bad_limit or 0)
     if source.classes is not None and len(source.classes) <= source.labels.max():
         raise UserError(
             f"{path}: classes.txt has {len(source.classes)} names, the class ids go to {source.labels.max()}"
@@ -38,7 +38,7 @@ def open_images(
     return source
 
 
-def _open(path: Path) -> Encoded:
+def _open(path: Path, limit: int) -> Encoded:
     if path.is_dir():
         records, tars = sorted(path.glob("*.rec")), sorted(path.glob("*.tar"))
         if records and tars:
@@ -47,7 +47,7 @@ def _open(path: Path) -> Encoded:
             raise UserError(f"{path}: has {len(records)} .rec files; say which one, such as {records[0]}")
         if records:
             return Records(records[0])
-        return Tars(tars) if tars else Folder(path)
+        return Tars(tars) if tars else Folder(path, limit)
     if path.suffix == ".rec":
         return Records(path)
     if path.suffix == ".tar":

@@ -63,8 +63,8 @@ def _encode(text: Any, coding: Any) -> bytes:
     return text.encode("latin1")
 
 
-def read_bin(path: Path) -> tuple[Memory, Pairs]:
-    """The 2 P images, whose labels are all −1: nobody says who they are; and their pairs. Every image counts.
+def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
+    """The 2 P images, whose labels are all −1: nobody says who they are; and their pairs. size: see Encoded.
 
     Raises UserError that names what a pickle asks for beyond lists, tuples, bytes and booleans (0 and 1 count as
     such), without having called it; and for what is no such set.
@@ -96,7 +96,9 @@ def read_bin(path: Path) -> tuple[Memory, Pairs]:
         raise UserError(
             f"{path}: {len(images)} images and {len(same)} pairs, expected two images a pair, one pair at least"
         )
-    return Memory(list(images), np.full(len(images), -1, np.int64), str(path)), Pairs.in_order(same)
+    source = Memory(list(images), np.full(len(images), -1, np.int64), str(path))
+    source.size = size
+    return source, Pairs.in_order(same)
 
 
 def write_bin(path: Path, images: Sequence[bytes], same: ArrayLike) -> None:

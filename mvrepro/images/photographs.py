@@ -9,6 +9,7 @@ folder .mvrepro, since 36,000 JPEGs take longer to open than a small network tak
 """
 
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mvrepro.files import check_once, read_column, read_lines
 from mvrepro.images.folders import Files, people_in
 from mvrepro.images.pairs import Pairs
 from mvrepro.images.source import Pixels
-from mvrepro.images.storage import kept_array
+from mvrepro.images.storage import is_text, kept_array
 
 SIDE = 112  # of the aligned crops
 SOURCES = {
@@ -65,15 +66,14 @@ def cfp(size: int) -> Pixels:
     people = {f"{number:03d}": name for number, name in enumerate(read_column(here / "names.txt", once=same_name), 1)}
     paths = sorted((here / "images").glob("*/*/*.jpg"))
     places = [path.parts[-3:-1] for path in paths]
-    found, expected = set(places), [(number, side) for number in people for side in ("frontal", "profile")]
-    for number, side in sorted(found - set(expected)):
-        what = "only frontal and profile belong there" if number in people else "names.txt has no line for it"
-        raise UserError(f"{here / 'images' / number / side}: {what}")
-    for number, side in expected:
-        if (number, side) not in found:
+    expected = {(number, side) for number in people for side in ("frontal", "profile")}
+    for number, side in sorted(expected ^ set(places)):
+        if (number, side) in expected:
             raise UserError(
                 f"{here / 'names.txt'}, line {int(number)}: {people[number]} has no images in images/{number}/{side}"
             )
+        what = "only frontal and profile belong there" if number in people else "names.txt has no line for it"
+        raise UserError(f"{here / 'images' / number / side}: {what}")
     names = [f"{number}/{side}/{path.stem}" for (number, side), path in zip(places, paths, strict=True)]
     return _read(here / "images", paths, names, [people[number] for number, _ in places], size)
 
@@ -112,14 +112,18 @@ def _read(images: Path, paths: Sequence[Path], names: Sequence[str], people: Seq
         return np.stack(small).transpose(0, 3, 1, 2)
 
     pixels = np.array(kept_array(f"faces/{images.parent.name}-{size}", paths, build), order="C")
-    return Pixels.of_people(pixels, np.array(people), np.array(names))
+    plain = (np.array([unicodedata.normalize("NFC", name) for name in column]) for column in (people, names))
+    return Pixels.of_people(pixels, *plain)
 
 
 def people_of(path: Path, *, empty: bool = False) -> list[str]:
     """The people that a folder has folders of, or that a list names, each once: a name a line, or, as LFW's people.txt
     has it, "name<tab>number of images", between lines that only count. An empty list is an error unless `empty`."""
     if path.is_dir():
-        return people_in(path)
+        for name in (people := people_in(path)):
+            if not is_text(name):
+                raise UserError(f"{path}: {name!r} is no name in UTF-8: rename that folder")
+        return people
     lines = read_lines(path, empty=empty)
     if any("\t" in line for _, line in lines):
         lines = [(number, line.split("\t")[0].strip()) for number, line in lines if not _is_number(line)]
@@ -157,7 +161,7 @@ SPELLINGS = {
 
 def same_name(name: str) -> str:
     """The form in which names of different sets are compared: blanks for underscores, case ignored, SPELLINGS."""
-    plain = " ".join(name.replace("_", " ").split()).casefold()
+    plain = " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
     return SPELLINGS.get(plain, plain)
 
 

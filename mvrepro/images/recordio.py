@@ -17,6 +17,7 @@ first key of a person's images and the one behind its last. The record with key 
 A file without such a record 0 is all images (MXNet's im2rec).
 """
 
+import re
 import struct
 import warnings
 from array import array
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError
+from mvrepro.files import read_lines
 from mvrepro.images.source import Encoded
 from mvrepro.images.storage import Reader, kept_array, new_set, read_classes, write_classes
 
@@ -228,7 +230,8 @@ def _read_index(path: Path, file: Reader) -> NDArray[np.int64]:
         if len(numbers) % 2:
             raise ValueError("an odd number of numbers")
     except (ValueError, DeprecationWarning):
-        raise UserError(f"{_bad_line(path)}: expected 'key offset'") from None
+        damaged = (str(number) for number, line in read_lines(path) if not re.fullmatch(r"\d+\s+\d+", line))
+        raise UserError(f"{path}, line {next(damaged, '?')}: expected 'key offset'") from None
     keys, offsets = numbers[::2], numbers[1::2]
     order = np.argsort(keys, kind="stable")
     keys, offsets = keys[order], offsets[order]
@@ -243,14 +246,6 @@ def _read_index(path: Path, file: Reader) -> NDArray[np.int64]:
             f"{file.path} has {file.size} bytes and records begin at multiples of 4; it is cut off or another file's"
         )
     return offsets
-
-
-def _bad_line(path: Path) -> str:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        parts = line.split()
-        if line.strip() and not (len(parts) == 2 and all(part.isdigit() for part in parts)):
-            return f"{path}, line {number}"
-    return str(path)
 
 
 def _scan(file: Reader) -> NDArray[np.int64]:

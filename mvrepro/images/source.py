@@ -7,6 +7,7 @@ import contextlib
 import io
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -89,10 +90,9 @@ class Pixels:
 
     def joined(self, other: "Pixels") -> "Pixels":
         """The images of both, by their people: who has one name is one person."""
-        both = [None if x is None or y is None else np.concatenate([x, y]) for x, y in (
-            (self.pixels, other.pixels), (self.people, other.people), (self.names, other.names))]  # fmt: skip
-        assert both[0] is not None and both[1] is not None
-        return Pixels.of_people(both[0], both[1], both[2])
+        pixels, people = np.concatenate([self.pixels, other.pixels]), np.concatenate([self.people, other.people])
+        names = None if self.names is None or other.names is None else np.concatenate([self.names, other.names])
+        return Pixels.of_people(pixels, people, names)
 
     def _some(self, keep: NDArray[np.bool_], chosen: NDArray[np.int64]) -> "Pixels":
         order = np.argsort(chosen)
@@ -107,6 +107,7 @@ class Encoded(ABC):
     size: the side that each must have; None: those of one read() must be alike.
     bad_limit: how many of them (for each process that reads) may be passed over because they don't decode. None:
     every image counts, the first that doesn't decode is an error. bad: the numbers of those that were passed over.
+    passed_over: what couldn't even be listed, and why.
     """
 
     labels: NDArray[np.int64]
@@ -114,6 +115,7 @@ class Encoded(ABC):
     names: NDArray[np.str_] | None = None
     size: int | None = None
     bad_limit: int | None = None
+    passed_over: Sequence[str] = ()
 
     @cached_property
     def bad(self) -> set[int]:
@@ -131,9 +133,11 @@ class Encoded(ABC):
         """Where image i lies, for messages."""
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """(n, 3, H, W) RGB. For an image that does not decode stands the next one that does: see standing.
+        """(n, 3, H, W) RGB. For an image that does not decode stands the next of its class that does, so that
+        labels[rows] holds.
 
-        Raises UserError that names an image of another size, and the last of more than bad_limit that don't decode.
+        Raises UserError that names an image of another size, the last of more than bad_limit that don't decode, and a
+        class of which none does.
         """
         pixels: list[NDArray[np.uint8]] = []
         shape = None if self.size is None else (self.size, self.size)
@@ -141,10 +145,6 @@ class Encoded(ABC):
             pixels.append(self._pixels(i, shape))
             shape = pixels[0].shape[1:]
         return np.stack(pixels) if pixels else np.empty((0, 3, self.size or 0, self.size or 0), np.uint8)
-
-    def standing(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,): the rows whose images read(rows) has given, so that labels[standing(rows)] are their class ids."""
-        return np.array([self._standing(i) for i in np.asarray(rows).tolist()], np.int64)
 
     def without(self, removed: NDArray[np.int64]) -> "View":
         """Without some of the classes: the "-R" step done for real. The ids of the others stay as they are."""
@@ -157,31 +157,29 @@ class Encoded(ABC):
         classes = None if self.classes is None else [self.classes[i] for i in old.tolist()]
         return View(self, np.arange(len(self)), labels.astype(np.int64), classes)
 
-    def _standing(self, i: int) -> int:
-        while i in self.bad:
-            i = (i + 1) % len(self)
-        return i
-
     def _pixels(self, i: int, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
-        while True:
-            i = self._standing(i)
+        for at in self._stand_ins(i):
             try:
-                return decode(self.content(i), shape)
+                return decode(self.content(at), shape)
             except WrongSize as error:
-                raise UserError(f"{self.where(i)}: {error}") from None
+                raise UserError(f"{self.where(at)}: {error}") from None
             except ValueError as error:
                 if self.bad_limit is None:
-                    raise UserError(f"{self.where(i)} can't be read as an image: {error}") from None
-                self.bad.add(i)
+                    raise UserError(f"{self.where(at)} can't be read as an image: {error}") from None
+                self.bad.add(at)
                 if len(self.bad) > self.bad_limit:
                     raise UserError(
                         f"{len(self.bad)} images don't decode, more than the limit of {self.bad_limit}; "
-                        f"the last: {self.where(i)}: {error}"
+                        f"the last: {self.where(at)}: {error}"
                     ) from None
-                if len(self.bad) == len(self):
-                    raise UserError(
-                        f"none of the {len(self)} images decodes; one of them: {self.where(0)}: {error}"
-                    ) from None
+        raise UserError(f"no image of the class {self.labels[i]} decodes: leave it out or mend one, {self.where(i)}")
+
+    def _stand_ins(self, i: int) -> Iterator[int]:
+        """Image i, then those of its class that follow, in a circle; without those that are known not to decode."""
+        if i not in self.bad:
+            yield i
+        same = np.flatnonzero(self.labels == self.labels[i])
+        yield from (at for at in np.roll(same, -int(np.searchsorted(same, i))).tolist() if at not in self.bad)
 
     def _settings(self) -> dict[str, Any]:
         """What a source that other processes open anew takes along."""
@@ -195,6 +193,7 @@ class View(Encoded):
         self, source: Encoded, rows: NDArray[np.int64], labels: NDArray[np.int64], classes: list[str] | None
     ) -> None:
         self.source, self.rows, self.labels, self.classes = source, rows, labels, classes
+        self.passed_over = source.passed_over
 
     def content(self, i: int) -> bytes:
         return self.source.content(int(self.rows[i]))
@@ -230,11 +229,12 @@ def decode(content: bytes, shape: tuple[int, ...] | None = None) -> NDArray[np.u
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if shape is not None and (image.height, image.width) != shape:
-            raise WrongSize(f"{image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}")
-        return np.ascontiguousarray(np.asarray(_rgb(image)).transpose(2, 0, 1))
+            if shape is not None and (image.height, image.width) != shape:
+                raise WrongSize(f"{image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}")
+            return np.ascontiguousarray(np.asarray(_rgb(image)).transpose(2, 0, 1))
     except (WrongSize, MemoryError):
         raise
     except Exception as error:  # for damaged files, Pillow raises all sorts of things

@@ -111,7 +111,7 @@ def new_set(root: Path) -> Iterator[Path]:
     aside = root.parent / f"{TEMPORARY}{root.name}"
     with alone(root):
         if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-            raise UserError(f"{root} is there already: remove it or choose another place")
+            raise UserError(f"{root} is there already: choose another place, or remove it")
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -147,6 +147,12 @@ def class_names(source: Encoded) -> list[str]:
         if first.setdefault(plain, number) != number:
             raise UserError(f"the classes {first[plain]} and {number} are both called {plain}: rename one")
     return source.classes or []
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raises UserError where what is written to `out` would be among what is read."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} lies in {source}, which is read: choose another place")
 
 
 def is_text(name: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mvrepro.errors import UserError
-from mvrepro.images import Encoded, Images, Pixels
+from mvrepro.images import Images, Pixels
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.ranks import Ranks
 
@@ -157,8 +157,7 @@ class Reading(Dataset[Any]):
             pixels = self.images.read(part.rows)
         except UserError as error:
             return str(error)
-        rows = self.images.standing(part.rows) if isinstance(self.images, Encoded) else part.rows
-        labels = torch.from_numpy(self.images.labels[rows])
+        labels = torch.from_numpy(self.images.labels[part.rows])
         return part, torch.from_numpy(pixels), labels, sorted(getattr(self.images, "bad", ()))
 
 

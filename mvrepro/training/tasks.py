@@ -168,8 +168,7 @@ def _verified(train: Images, verify: tuple[str, ...], size: int) -> Task:
     for path in map(Path, verify):
         if path.stem in sets:
             raise UserError(f"--verify: two sets are called {path.stem}")
-        images, pairs = read_bin(path)
-        images.size, sets[path.stem] = size, (images, pairs)
+        images, pairs = sets[path.stem] = read_bin(path, size=size)
         try:
             protocols.kfold_accuracy(np.arange(float(len(pairs))), pairs.same, pairs.folds)
         except ValueError as error:

@@ -43,8 +43,8 @@ except SystemExit as end:
 
 
 # every path of version 0.1, so that none is forgotten
-PATHS = """fused sharded backbones backbones_large data faces formats align fetch train tasks checkpoint scale runs stats
-claims claims_table published compare values report plots notebook nbcheck bridge export"""
+PATHS = """fused sharded backbones backbones_large data faces formats align fetch train tasks checkpoint scale runs
+stats claims claims_table published compare values report plots notebook nbcheck bridge export"""
 OLD = PATHS.split()
 
 

@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mvrepro.errors import explain_os_error
+from mvrepro.errors import UserError, explain_os_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -55,6 +56,47 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path, *, empty: bool = False) -> list[tuple[int, str]]:
+    """The lines of a text list that hold something, one at least unless `empty`, with their numbers from 1.
+
+    Byte-order marks, any line ends and blanks around a line don't count, and names are in NFC, so that what looks the
+    same is the same. Raises UserError for what can't be read or isn't UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+        text = unicodedata.normalize("NFC", content.decode().replace("\ufeff", ""))
+    except OSError as error:
+        raise UserError(f"{path} can't be read as a list: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8, {error.reason}") from None
+    ends = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = [(number, line.strip()) for number, line in enumerate(ends, 1) if line.strip()]
+    if not lines and not empty:
+        raise UserError(f"{path}: the list is empty")
+    return lines
+
+
+def read_column(path: Path, once: Callable[[str], str] | None = None) -> list[str]:
+    """The lines of a list of which each stands for something: an empty one between others is an error, and so are
+    two that are the same by `once`, where it is given."""
+    lines = read_lines(path)
+    for expected, (number, _) in enumerate(lines, 1):
+        if number != expected:
+            raise UserError(f"{path}, line {expected}: empty; each line of this list stands for something")
+    if once:
+        check_once(path, ((number, once(line)) for number, line in lines))
+    return [line for _, line in lines]
+
+
+def check_once(path: Path, numbered: Iterable[tuple[int, str]]) -> None:
+    """Raises UserError that names both lines of a list (number, text) in which a text stands twice."""
+    first: dict[str, int] = {}
+    for number, text in numbered:
+        if first.setdefault(text, number) != number:
+            raise UserError(f"{path}, lines {first[text]} and {number}: {text} stands there twice")
 
 
 def sweep(folder: Path) -> None:

@@ -15,14 +15,14 @@ from mvrepro import images
 from mvrepro.__main__ import main
 from mvrepro.commands.data import histogram
 from mvrepro.errors import UserError
-from mvrepro.images import fetch, source
+from mvrepro.images import fetch, storage
 
 PEOPLE = {"Ann_Lee": 1, "Bo": 5, "george  BUSH": 2}
 
 
 @pytest.fixture
 def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(source, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(storage, "LOCAL", tmp_path / "local")
     for number, (name, count) in enumerate(PEOPLE.items()):
         (tmp_path / "people" / name).mkdir(parents=True)
         for i in range(count):
@@ -88,7 +88,8 @@ def test_convert_there_and_back(people: Path, tmp_path: Path, capsys: pytest.Cap
     call(capsys, "convert", tmp_path / "rec", tmp_path / "tar", "--to", "tar")
     call(capsys, "convert", tmp_path / "tar", tmp_path / "back", "--to", "folder")
     before, after = (images.open_images(path) for path in (people, tmp_path / "back"))
-    assert [before[i] for i in range(8)] == [after[i] for i in range(8)]
+    assert [before.content(i) for i in range(8)] == [after.content(i) for i in range(8)]
+    assert before.labels.tolist() == after.labels.tolist()
     assert before.classes == after.classes
     assert "is there already" in call(capsys, "convert", people, tmp_path / "rec", "--to", "rec", code=1)
 
@@ -108,7 +109,7 @@ def test_convert_leaves_people_out_by_name(people: Path, tmp_path: Path, capsys:
 
 
 def test_holes_stop_a_rec_and_can_be_closed(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = images.Without(images.open_images(people), np.array([1]))
+    source = images.open_images(people).without(np.array([1]))
     images.write_tars(tmp_path / "holes", source)
     assert "1 of the class ids 0 … 2 have no image: 1" in call(capsys, "inspect", tmp_path / "holes")
     assert "--renumber" in call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", code=1)

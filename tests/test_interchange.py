@@ -280,10 +280,10 @@ def test_an_insightface_set_is_judged_in_its_order(lfw: Path, capsys: pytest.Cap
     same = np.array([True] * 12 + [False] * 12)
     order = np.random.default_rng(1).permutation(24)
     np.save(lfw / "bin.npy", x[rows[order].ravel()])
-    images.write_bin(lfw / "x.bin", images.Pairs([b"jpeg"] * 48, same[order]))
+    images.write_bin(lfw / "x.bin", [b"jpeg"] * 48, same[order])
     printed = judged(capsys, "bin", "--embeddings", lfw / "bin.npy", "--bin", lfw / "x.bin")
     scores = protocols.pair_cosines(x, *rows[order].T)
-    expected = protocols.kfold_accuracy(scores, same[order], images.Pairs([], same[order]).folds)
+    expected = protocols.kfold_accuracy(scores, same[order], images.Pairs.in_order(same[order]).folds)
     assert printed[0] == f"accuracy: {100 * expected.mean:.2f} %"
     assert "has 24 rows" in fails(capsys, "bin", "--embeddings", lfw / "e.npy", "--bin", lfw / "x.bin")
 

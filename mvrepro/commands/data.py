@@ -4,8 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mvrepro import images
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
+from mvrepro.images import align, fetch, photographs
 
 BAR = 40  # characters of the histogram's longest bar
 FETCH = """example:
@@ -66,18 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    from mvrepro.images.fetch import fetch_lfw
-
-    photos = fetch_lfw(arguments.out)
+    photos = fetch.fetch_lfw(arguments.out)
     print(f"LFW's lists are in {arguments.out / 'lfw'}, its photos in {photos}; to align them:")
     print(f"python -m mvrepro data prepare {photos} {arguments.out / 'lfw'}")
     return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from mvrepro.images.align import prepare
-
-    counts = prepare(arguments.raw, arguments.out, pick=arguments.pick)
+    counts = align.prepare(arguments.raw, arguments.out, pick=arguments.pick)
     print(
         f"{counts['aligned']:,} aligned, {counts['centre']:,} without a face (their centre was taken), "
         f"{counts['several faces']:,} with several faces, {counts['known']:,} were there; "
@@ -87,21 +89,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    import numpy as np
-    from tqdm import tqdm
-
-    from mvrepro import images
-
     source = images.open_images(arguments.set, allow_holes=True)
-    labels = source.labels()
-    counts = np.bincount(labels)
+    counts = np.bincount(source.labels)
     present = counts[counts > 0]
     print(f"{arguments.set}: {type(source).__name__}, {len(source):,} images of {len(present):,} people")
     low, middle, high = (int(f(present)) for f in (np.min, np.median, np.max))
     print(f"images a person: {low:,} at least, {middle:,} in the median, {high:,} at most")
     print(histogram(present))
     try:
-        images.check_ids(labels, "class ids")
+        images.check_ids(source.labels, "class ids")
         print(f"class ids: 0 … {len(counts) - 1}, none without an image")
     except UserError as error:
         print(error)
@@ -110,7 +106,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     bad, sizes = [], set()
     for i in tqdm(range(len(source)), "decoding", leave=False, disable=None):
         try:
-            sizes.add(images.decode(source[i][0]).shape[1:])
+            sizes.add(images.decode(source.content(i)).shape[1:])
         except ValueError as error:
             bad.append(f"{source.where(i)}: {error}")
     print("sizes: " + ", ".join(f"{width}×{height}" for height, width in sorted(sizes)))
@@ -118,12 +114,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def histogram(counts: Any) -> str:
+def histogram(counts: NDArray[np.int64]) -> str:
     """Of the images a person (K,), one line for 1, 2, 3–4, 5–8, 9–16, … images, as text."""
-    import numpy as np
-
-    bins = np.ceil(np.log2(counts)).astype(int)
-    people = np.bincount(bins)
+    people = np.bincount(np.ceil(np.log2(counts)).astype(int))
     lines = []
     for power, number in enumerate(people.tolist()):
         low, high = 2**power // 2 + 1, 2**power
@@ -133,10 +126,8 @@ def histogram(counts: Any) -> str:
 
 
 def _overlap(arguments: argparse.Namespace) -> int:
-    from mvrepro.images.photographs import overlapping
-
-    names, others = (names_of(path) for path in (arguments.names, arguments.others))
-    shared = overlapping(names, others)
+    names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
+    shared = photographs.overlapping(names, others)
     print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
           f"in {arguments.others}; {len(names) - len(shared):,} remain")  # fmt: skip
     listed = [name for name in names if name in shared]
@@ -148,46 +139,24 @@ def _overlap(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def names_of(path: Path) -> list[str]:
-    """The names of a list, each once, or of the folders in a folder."""
-    from mvrepro.images.photographs import read_names
-
-    if not path.is_dir():
-        return read_names(path)
-    names = sorted(child.name for child in path.iterdir() if child.is_dir())
-    if not names:
-        raise UserError(f"{path}: expected a folder for each person, found none")
-    return names
-
-
 def _convert(arguments: argparse.Namespace) -> int:
-    import numpy as np
-
-    from mvrepro import images
-
-    removed: list[str] = []
-    source = images.open_images(
-        arguments.set, renumber=arguments.renumber, allow_holes=arguments.without is not None or arguments.to != "rec"
-    )
+    holes = arguments.without is not None or arguments.to != "rec"
+    source = images.open_images(arguments.set, renumber=arguments.renumber, allow_holes=holes)
+    left_out = ""
     if arguments.without:
-        from mvrepro.images.photographs import overlapping
-
         if source.classes is None:
             raise UserError(
                 f"{arguments.set}: its classes have no names (no classes.txt), so none can be left out by name"
             )
-        removed = sorted(overlapping(source.classes, names_of(arguments.without)))
-        numbers = np.array([source.classes.index(name) for name in removed], np.int64)
-        source = images.Renumbered(images.Without(source, numbers))
+        removed = photographs.overlapping(source.classes, photographs.people_of(arguments.without, empty=True))
+        numbers = [number for number, name in enumerate(source.classes) if name in removed]
+        source = source.without(np.array(numbers, np.int64)).renumbered()
         if not len(source):
             raise UserError(f"{arguments.without} names everybody in {arguments.set}: nothing would be left")
+        left_out = f"; {len(removed):,} people were left out"
     if arguments.to == "rec":
         images.write_rec(arguments.out / "train.rec", source)
-    elif arguments.to == "tar":
-        images.write_tars(arguments.out, source)
     else:
-        images.write_folder(arguments.out, source)
-    people = len(np.unique(source.labels()))
-    left_out = f"; {len(removed):,} people were left out" if arguments.without else ""
-    print(f"wrote {len(source):,} images of {people:,} people to {arguments.out}{left_out}")
+        (images.write_tars if arguments.to == "tar" else images.write_folder)(arguments.out, source)
+    print(f"wrote {len(source):,} images of {len(np.unique(source.labels)):,} people to {arguments.out}{left_out}")
     return 0

@@ -21,8 +21,8 @@ _TABLE = """
 fused:heads.sweep sharded:heads.sharded backbones:networks backbones_large:networks bridge:interchange
 export:interchange data:images.small faces:images.photographs formats:images align:images.align fetch:images.fetch
 train:training scale:training tasks:training.tasks checkpoint:training.checkpoint runs:evidence.runs
-stats:evidence.stats claims:evidence.claims claims_table:evidence.claims_table published:evidence.published
-compare:evidence.compare values:evidence.values report:pages.report plots:pages.plots notebook:pages.notebook
+stats:evidence.stats claims:evidence.claims claims_table:evidence.claims published:evidence.published
+compare:evidence.compare values:evidence.compare report:pages.report plots:pages.plots notebook:pages.notebook
 nbcheck:pages.check
 """
 MOVED = dict(pair.split(":") for pair in _TABLE.split())

@@ -1,8 +1,11 @@
-"""The package as users meet it: what `from mvrepro import …` gives, and where what has moved is now."""
+"""The package as users meet it: its door, where what has moved is now, and no circle of imports."""
 
+import ast
+import graphlib
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +84,37 @@ def test_other_names_are_unknown_as_ever(name: str) -> None:
         importlib.import_module(name)
     with pytest.raises(AttributeError, match=r"has no attribute 'nothing'$"):
         mvrepro.nothing  # noqa: B018
+
+
+# Who imports whom: pyproject.toml has the directions, `make lint` holds them
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package and of others that a file imports, in functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & MODULES.keys()) or {node.module}
+    return found
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("mvrepro", "benchmarks")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    graph = {name: imported(path) & MODULES.keys() for name, path in MODULES.items()}
+    assert graph["mvrepro.heads.sharded"] >= {"mvrepro.heads.margin", "mvrepro.losses"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a circle
+
+
+def test_the_losses_stand_on_torch_alone() -> None:
+    outside = {name.partition(".")[0] for name in imported(MODULES["mvrepro.losses"])} - set(sys.stdlib_module_names)
+    assert outside == {"torch"}

@@ -23,7 +23,6 @@ import pickle
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from mvrepro import networks
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
 from mvrepro.heads.margin import MarginHead
-from mvrepro.networks import IResNet
 
 # where a checkpoint has the weight of a head
 LAYOUTS = {"arcface_torch": ("state_dict_softmax_fc", "weight"), "facex-zoo": ("state_dict", "head.weight")}
@@ -49,8 +47,7 @@ def load_head(head: MarginHead, layout: str, paths: Path | Sequence[Path]) -> No
     their names. Raises UserError that names the file and what does not fit; head is as it was then."""
     files = [paths] if isinstance(paths, Path) else sorted(paths, key=_rank)
     counts, across = _shares(head, layout, len(files)), layout == "facex-zoo"
-    ranks = [_rank(file) for file in files]
-    if len(files) > 1 and ranks != list(range(len(files))):
+    if len(files) > 1 and (ranks := [_rank(file) for file in files]) != list(range(len(files))):
         raise UserError(f"the files of {len(files)} ranks must be those of 0 … {len(files) - 1}, got {ranks}")
     parts = [_tensor(_load(file), LAYOUTS[layout], file) for file in files]
     for file, part, count in zip(files, parts, counts, strict=True):
@@ -91,7 +88,7 @@ def _shares(head: MarginHead, layout: str, files: int) -> list[int]:
     return [head.num_classes // files + (rank < head.num_classes % files) for rank in range(files)]
 
 
-def load_iresnet(model: IResNet, path: Path) -> None:
+def load_iresnet(model: networks.IResNet, path: Path) -> None:
     """Fill an IResNet (networks.build("iresnet-50", …) and the like) with a backbone of arcface_torch: model.pt, or the
     "state_dict_backbone" of a checkpoint. Raises UserError that names what doesn't fit; model is unchanged then."""
     value = _load(path)
@@ -112,7 +109,7 @@ def load_iresnet(model: IResNet, path: Path) -> None:
     model.load_state_dict({theirs[name]: tensor for name, tensor in value.items()})
 
 
-def _arcface_name(name: str, model: IResNet) -> str:
+def _arcface_name(name: str, model: networks.IResNet) -> str:
     """What arcface_torch (backbones/iresnet.py) calls a weight or buffer of our IResNet."""
     part, number, *rest = name.split(".")
     outer = {"body": ("conv1", "bn1", "prelu"), "neck": ("bn2", "", "fc", "features")}[part]
@@ -173,7 +170,7 @@ def save_onnx(path: Path, model: nn.Module, side: int = networks.SIDE) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f'exporting to ONNX needs an extra ({error}): pip install "mvrepro[onnx]"') from None
-    training, device = model.training, next(chain(model.parameters(), model.buffers())).device
+    training, device = model.training, next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder, "model.onnx")
         try:

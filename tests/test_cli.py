@@ -485,7 +485,6 @@ def test_an_interruption_of_any_command_is_one_message(
     needed = {
         "train": ["--loss", "Softmax"],
         "notebook": ["01"],
-        "bench": ["head"],
         "data": ["inspect", "x"],
         "judge": ["--protocol", "lfw", "--embeddings", "x"],
     }

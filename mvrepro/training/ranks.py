@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mvrepro.errors import UserError
-from mvrepro.heads.sharded import lost_contact
+from mvrepro.heads.sharded import is_lost_contact, lost_contact
 from mvrepro.training.config import TrainConfig
 
 ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun sets them, and what a lone process is
@@ -146,7 +146,7 @@ def _explained(ranks: Ranks) -> Iterator[None]:
         ) from None
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in text:
+        if is_lost_contact(error):
             reason = text.splitlines()[0].split(". ")[0]
             raise UserError(lost_contact(ranks.rank, ranks.count, reason)) from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -1,0 +1,12 @@
+"""The door: python -m benchmarks NAME ... Each is a module of this folder with add_arguments and run."""
+
+import sys
+
+from mvrepro.__main__ import main
+
+BENCHMARKS = {
+    "head": "what the head costs, in bare matrix products and in memory",
+}
+
+if __name__ == "__main__":
+    sys.exit(main(program="benchmarks", package="benchmarks", commands=BENCHMARKS))

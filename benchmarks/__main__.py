@@ -6,6 +6,7 @@ from mvrepro.__main__ import main
 
 BENCHMARKS = {
     "head": "what the head costs, in bare matrix products and in memory",
+    "loop": "what the training loop costs on top of the backbone's bare passes",
 }
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ COMMANDS = {
     "judge": "judge anybody's embeddings (.npy) by any protocol",
     "claims": "judge the claims: results/claims.json and the table in README.md",
 }
-MOVED = {"bench": "python -m benchmarks head"}
+MOVED = {"bench": "python -m benchmarks head", "scale": "python -m mvrepro train --profile paper"}
 
 
 def main(
@@ -32,7 +32,7 @@ def main(
     code 1, a command that has moved one line and 2."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in MOVED and argv[0] not in commands:
-        print(f"{program} {argv[0]}: moved beside the package: {MOVED[argv[0]]}", file=sys.stderr)
+        print(f"{program} {argv[0]}: this is now {MOVED[argv[0]]}", file=sys.stderr)
         return 2
     description = f"Each command is a module of {package}, imported when called."
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)

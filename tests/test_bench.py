@@ -128,7 +128,7 @@ def test_the_door_and_where_it_was_before():
     assert done.returncode == 0 and "head" in done.stdout and "bare matrix products" in done.stdout
     done = call("mvrepro", "bench", "head", "--batch", "4")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "mvrepro bench: moved beside the package: python -m benchmarks head\n"
+    assert done.stderr == "mvrepro bench: this is now python -m benchmarks head\n"
 
 
 def test_the_table_marks_what_was_not_measured():
@@ -145,3 +145,14 @@ def test_measured_times_are_not_compared(tmp_path):
     result = Comparison()
     _compare_report(result, path, b'{"kind": "measured", "shapes": [2.0]}', False)
     assert not result.different
+
+
+def test_the_loop_against_the_bare_backbone(tmp_path):
+    words = "--data synthetic --synthetic-classes 30 --backbone iresnet-tiny --image-size 16 --embedding-dim 8"
+    words += f" --batch-size 24 --workers 0 --device cpu --rounds 3 --out {tmp_path / 'loop.json'}"
+    done = call("benchmarks", "loop", *words.split())
+    assert done.returncode == 0 and "images/s in the loop" in done.stdout, done.stderr
+    record = json.loads((tmp_path / "loop.json").read_text())
+    assert record["ratio"] > 0 and record["rounds"] == 3 and record["kind"] == "measured"
+    done = call("benchmarks", "loop", *words.split(), "--rounds", "0")
+    assert done.returncode == 1 and done.stderr == "benchmarks loop: --rounds must be 1 or more, got 0\n"

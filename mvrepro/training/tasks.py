@@ -168,7 +168,8 @@ def _verified(train: Images, verify: tuple[str, ...], size: int) -> Task:
     for path in map(Path, verify):
         if path.stem in sets:
             raise UserError(f"--verify: two sets are called {path.stem}")
-        images, pairs = sets[path.stem] = read_bin(path, size=size)
+        sets[path.stem] = read_bin(path, size=size)
+        pairs = sets[path.stem][1]
         try:
             protocols.kfold_accuracy(np.arange(float(len(pairs))), pairs.same, pairs.folds)
         except ValueError as error:

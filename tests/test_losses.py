@@ -880,6 +880,34 @@ def test_nan_that_nobody_checks_reaches_the_loss(where):
 # ---------------------------------------------------------------- what a training watches
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("name", LOSSES)
+def test_study_says_what_the_gradient_of_the_cosines_is(name):
+    """Against the head's own gradients of embeddings that lie on the axes, whose cosines are the weights' entries."""
+    torch.manual_seed(0)
+    head, base = (MarginHead(n, 6, 9, s=4.0) for n in (name, BASES[LOSSES[name].f]))
+    base.load_state_dict(head.state_dict())
+    x, y = torch.randn(12, 6), torch.randint(0, 9, (12,))
+    with torch.no_grad():
+        x[:6] = 3 * head.weight[y[:6]]  # the first half lie on their own weight
+    found = head.study(x, y)
+    assert found["top1"] >= 0.5 and list(found) == ["top1", "median_p_y", "gradient_distance"]
+    assert found["median_p_y"] == pytest.approx((-head.losses(x, y)).exp().median().item(), rel=1e-4)
+    grads = []
+    for one in (head, base):
+        cos = one.cosines(x).detach().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(one), "cosines", lambda self, embeddings, cos=cos: cos)
+            one.backend = "dense"
+            grads += torch.autograd.grad(one(x, y), cos)
+    expected = ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
+    assert found["gradient_distance"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert (expected > 1e-4) == bool(LOSSES[name].h or LOSSES[name].g)
+
+
+BASES = {"cos": "Softmax", "A": "A-Softmax", "AM": "AM-Softmax", "Arc": "Arc-Softmax"}
+
+
 def on_circle(*degrees):
     angles = torch.deg2rad(torch.tensor(degrees))
     return torch.stack([angles.cos(), angles.sin()], dim=1)

@@ -102,11 +102,12 @@ def fit_few(images: int, **changes: Any) -> tuple[dict[str, list[float]], Margin
 def test_record_says_what_was_done(config_of: Any, tmp_path: Path) -> None:
     config = config_of(loss="MV-AM-Softmax-a", epochs=2, milestones=(1,))
     record = train(config, out=tmp_path / "run.json")
-    assert list(record) == ["config", "config_hash", "code", "sizes", "metrics", "curve", "provenance"]
+    assert list(record) == ["config", "config_hash", "code", "sizes", "metrics", "learned", "curve", "provenance"]
     assert TrainConfig(**tuples(record["config"])) == config
     expected = hashlib.sha256(json.dumps(config.decisive(), sort_keys=True).encode()).hexdigest()[:16]
     assert record["config_hash"] == expected
-    assert list(record["curve"]) == ["loss", "lr", "marked_share", "target_cosine", "negative_cosine"]
+    watched = ["marked_share", "target_cosine", "negative_cosine", "top1", "median_p_y", "gradient_distance"]
+    assert list(record["curve"]) == ["loss", "lr", *watched]
     assert {len(values) for values in record["curve"].values()} == {2}
     assert all(0 <= share <= 1 for share in [*record["metrics"].values(), *record["curve"]["marked_share"]])
     assert all(-1 <= cosine <= 1 for cosine in record["curve"]["target_cosine"])
@@ -237,6 +238,7 @@ def test_loss_falls_on_faces(loss: str) -> None:
         {"lr": 0.02},
         {"momentum": 0.8},
         {"weight_decay": 0.0},
+        {"decay_all": False},
         {"batch_size": 32},
         {"flip": True},
         {"s": 15.0},
@@ -305,6 +307,29 @@ def test_loss_of_an_epoch_is_the_mean_over_its_images(images: int) -> None:
 def test_batches_of_one_image_are_refused() -> None:
     with pytest.raises(UserError, match="batch_size"):
         train(toy(batch_size=1))
+
+
+def test_weight_decay_can_spare_biases_and_scales() -> None:
+    session, _ = few(Pixels(np.zeros((8, 1, 8, 8), np.uint8), np.arange(8) % 4), decay_all=False)
+    decays, others = session.network.sgd.param_groups
+    assert (decays["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    assert {p.ndim for p in decays["params"]} == {2} and {p.ndim for p in others["params"]} == {1}
+    session.network.set_rate(0.5)
+    assert decays["lr"] == others["lr"] == 0.5
+
+
+# Has it learned?
+
+
+def test_a_record_says_whether_its_network_has_learned() -> None:
+    names = {"top1", "marked_share", "median_p_y", "own_cosine", "other_cosine", "loss_slope", "gradient_distance"}
+    before, after = (train(toy(loss="AM-Softmax", embedding_dim=3, epochs=epochs))["learned"] for epochs in (2, 12))
+    assert before.keys() == after.keys() == names
+    assert after["top1"] > 0.95 and after["own_cosine"] > before["own_cosine"] and after["other_cosine"] < 0.2
+    assert after["marked_share"] < before["marked_share"] and 0 < after["median_p_y"] <= 1
+    assert before["loss_slope"] < after["loss_slope"] < 0.1
+    assert after["gradient_distance"] == 0  # its own margin loss
+    assert train(toy(loss="MV-AM-Softmax-a", epochs=2))["learned"]["gradient_distance"] > 0.01
 
 
 # Divergence

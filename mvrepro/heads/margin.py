@@ -15,6 +15,7 @@ BACKENDS = ("dense", "fused", "auto")
 # What a training's config calls as MarginHead does.
 SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
 WATCHED = ("marked_share", "target_cosine", "negative_cosine")  # what MarginHead.watch tells
+STUDIED = ("top1", "median_p_y", "gradient_distance")  # what MarginHead.study tells
 
 
 class MarginHead(nn.Module):
@@ -119,12 +120,14 @@ class MarginHead(nn.Module):
         return self._logits(embeddings, labels.to(embeddings.device))
 
     def _logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        cos = self.cosines(embeddings)
+        return self._logits_of(self.cosines(embeddings), labels, self.loss.h)
+
+    def _logits_of(self, cos: Tensor, labels: Tensor, h: str | None) -> Tensor:
         target = cos.gather(1, labels[:, None])
         f = self.margin(target)
-        if self.loss.h:
+        if h:
             t, stop = self.current_t(), self.stop_gradient  # no name for the emphasised cosines: it would keep them
-            cos = torch.where(indicator(f, cos), emphasise(self.loss.h, cos, t, stop_gradient=stop), cos)
+            cos = torch.where(indicator(f, cos), emphasise(h, cos, t, stop_gradient=stop), cos)
         if self.easy_margin:
             f = torch.where(target > 0, f, target)
         return self.s * cos.scatter(1, labels[:, None], f)
@@ -150,6 +153,22 @@ class MarginHead(nn.Module):
         negatives = len(target) * (self.num_classes - 1)
         values = (marked / negatives, target.mean(), negative / negatives)
         return {name: round(value.item(), 6) for name, value in zip(WATCHED, values, strict=True)}
+
+    def study(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+        """What the loss makes of a batch, by the names of STUDIED and with 6 digits: the share of samples whose own
+        class is the nearest; the median p_y; and how far its gradient G = dL/dcosθ (B, K) lies from that of its margin
+        loss, without emphasis and mining: |G − G0|/|G0|."""
+        labels, cos = labels.to(embeddings.device), self.cosines(embeddings.detach()).detach()
+        found = {"top1": (cos.argmax(1) == labels).float().mean().item()}
+        grads: list[Tensor] = []
+        for h, g in ((self.loss.h, self.loss.g), (None, None)):
+            with torch.enable_grad():
+                x = cos.clone().requires_grad_()
+                losses = F.cross_entropy(self._logits_of(x, labels, h), labels, reduction="none")
+                grads += torch.autograd.grad(mine(g, losses, self.gamma, self.hard_ratio), x)
+            found.setdefault("median_p_y", (-losses.detach()).exp().median().item())
+        found["gradient_distance"] = ((grads[0] - grads[1]).norm() / grads[1].norm().clamp(min=1e-30)).item()
+        return {name: float(f"{value:.6g}") for name, value in found.items()}
 
     def margin(self, target: Tensor) -> Tensor:
         """f(m, θ_y) of the target cosines, in any shape."""

@@ -61,6 +61,7 @@ class TrainConfig:
     accumulate: int = setting("parts of a batch that go through the network one after the other", 1, (1, 2**20))
     momentum: float = setting("momentum of SGD", 0.9, SHARE)
     weight_decay: float = setting("weight decay of SGD", 5e-4, (0, 1e6))
+    decay_all: bool = setting("weight decay on biases and on the scales of batch norms, too", True)
     clip: float = setting("largest norm of the gradient of backbone and head together (0: any)", 0.0, (0, 1e38))
     # the loss
     s: float = setting("scale of the cosines", 32.0)

@@ -24,7 +24,7 @@ from mvrepro.training.config import TrainConfig, check, emphasis, rate
 from mvrepro.training.logs import Course, Logs, Pace
 from mvrepro.training.network import Network
 from mvrepro.training.ranks import Ranks, joined
-from mvrepro.training.testing import Test, Tested
+from mvrepro.training.testing import Test, Tested, learned
 
 CODE = code_hash()  # of what is imported here, so of what trains; the files may change while it does
 
@@ -87,6 +87,7 @@ def train(
             "code": CODE,
             "sizes": session.sizes(),
             "metrics": tested.metrics,
+            "learned": learned(session.task, network, course.curve),
             "curve": course.curve,
             **({"evidence": tested.evidence} if tested.evidence else {}),
         }

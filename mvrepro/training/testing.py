@@ -69,8 +69,9 @@ CALLED = {"target_cosine": "own_cosine", "negative_cosine": "other_cosine"}
 
 def learned(task: Task, network: Network, curve: dict[str, list[float]]) -> dict[str, float]:
     """Whether the network has learned, which a comparison of losses presupposes: on training images in evaluation
-    mode     top1, marked_share, median_p_y, own_cosine and other_cosine (MarginHead.watch and study); loss_slope, nats an epoch
-    over the last tenth of the epochs, two at least; and the mean gradient_distance over the run. Every rank calls it."""
+    mode top1, marked_share, median_p_y, own_cosine and other_cosine (MarginHead.watch and study); loss_slope, nats an
+    epoch over the last tenth of the epochs, two at least; and the mean gradient_distance over the run. Every rank calls
+    it."""
     ranks = network.ranks
     count = max(32, min(SAMPLE, 2**25 // network.head.num_classes))
     rows = np.random.default_rng(0).permutation(len(task.train))[:count][ranks.rank :: ranks.count]

@@ -31,7 +31,8 @@ def select(tested: str, size: int) -> tuple[Pixels, Pixels, dict[str, int]]:
         np.concatenate([images.pixels for images in sets.values()]),
         np.concatenate([_one_name(name, images.people) for name, images in sets.items()]),
     )
-    gone = np.isin(every.labels, every.labels[of_test])  # in all sets that have the person
+    named = np.isin(every.people, [photographs.same_name(person) for person in _tested(tested)])
+    gone = np.isin(every.labels, every.labels[of_test | named])  # in all sets that have the person
     counts = np.bincount(every.labels[~gone], minlength=len(every.classes or []))[every.labels]
     train = ~gone & (counts >= LEAST)
     train[train] = _position(every.labels[train]) < MOST
@@ -52,8 +53,7 @@ def _photographs(name: str, size: int) -> Pixels:
 def _known(name: str, *tested: str) -> set[str]:
     """The people of a set who are also in one of these test sets, as the set's reader calls them."""
     if name == "lfw":  # in CFP, of which overlap.tsv says the CFP side alone
-        lfw = {path.name for path in (photographs.folder("lfw") / "images").iterdir()}
-        return photographs.overlapping(sorted(lfw), photographs.cfp_names())
+        return photographs.overlapping(_tested("lfw"), _tested("cfp"))
     people = archives.overlap(*tested).get(name, set())
     if name == "celeba":
         return {f"celeba-{int(person):05d}" for person in people}
@@ -61,6 +61,13 @@ def _known(name: str, *tested: str) -> set[str]:
         names = photographs.cfp_names()
         return {names[int(person) - 1] for person in people}
     return {f"{name}:{person}" for person in people}
+
+
+def _tested(name: str) -> list[str]:
+    """The people of a test set by their names."""
+    if name == "cfp":
+        return photographs.cfp_names()
+    return sorted(path.name for path in (photographs.folder("lfw") / "images").iterdir())
 
 
 def _one_name(name: str, people: NDArray[np.str_]) -> NDArray[np.str_]:

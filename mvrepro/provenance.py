@@ -1,5 +1,7 @@
-"""Where a result comes from: commit, settings, versions, device, time and memory."""
+"""Where a result comes from: code, commit, settings, versions, device, time and memory."""
 
+import ast
+import functools
 import hashlib
 import json
 import os
@@ -9,13 +11,17 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from mvrepro.determinism import ENVIRONMENT
-from mvrepro.files import ROOT
+from mvrepro.errors import UserError
+from mvrepro.files import ROOT, display
 
 # What a result depends on: a change elsewhere (README, results) does not make the commit "dirty".
 SOURCES = ["mvrepro", "notebooks", "paper", "params.yaml", "dvc.yaml", "requirements.lock"]
+# The parts of mvrepro/ that decide what a training gives.
+TRAINING = ("losses", "heads", "networks", "images", "protocols", "training", "determinism")
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -23,10 +29,62 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def code_hash(*parts: str) -> str:
+    """16 hex digits of the SHA-256 of what the code of some parts does: of its syntax trees without docstrings,
+    where comments and layout don't count and a formula does.
+
+    parts: modules and folders of mvrepro/ (or beside it), such as "losses"; none: TRAINING, what decides a run.
+    Raises UserError where there is no such part or it is no Python.
+    """
+    digest = hashlib.sha256()
+    for part in parts or TRAINING:
+        for path in _sources(part):
+            try:
+                digest.update(f"{path.relative_to(ROOT)} {_meaning(path.read_bytes())}\n".encode())
+            except SyntaxError as error:
+                raise UserError(f"{display(path)}, line {error.lineno}: {error.msg}") from None
+    return digest.hexdigest()[:16]
+
+
+def code_parts() -> dict[str, str]:
+    """The code_hash of each part by itself: what results/code.json holds."""
+    found = [p for p in (ROOT / "mvrepro").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
+    names = sorted({path.stem for path in found} - {"__init__", "__main__"})
+    return {name: code_hash(name) for name in [*names, "benchmarks"]}
+
+
+def _sources(part: str) -> list[Path]:
+    for path in (ROOT / "mvrepro" / f"{part}.py", ROOT / "mvrepro" / part, ROOT / part):
+        if path.exists():
+            return [path] if path.is_file() else sorted(path.rglob("*.py"))
+    raise UserError(f"mvrepro has no part {part!r}: neither a module nor a folder of that name is there")
+
+
+@functools.cache
+def _meaning(source: bytes) -> str:
+    """A syntax tree in words of our own: ast.dump shows other fields under another Python."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, list):  # a statement that is a constant is a docstring, or does as little
+            return [plain(n) for n in node if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        if isinstance(node, ast.AST):
+            fields = ((name, plain(value)) for name, value in ast.iter_fields(node))
+            return type(node).__name__, [(name, value) for name, value in fields if value not in (None, [])]
+        return node
+
+    return repr(plain(ast.parse(source)))
+
+
 def git(*arguments: str) -> str | None:
     """What git prints, or None outside a repository."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def committed(path: Path) -> bytes | None:
+    """The file as it stands in the last commit, or None where it has none."""
+    done = subprocess.run(["git", "show", f"HEAD:{display(path)}"], cwd=ROOT, capture_output=True, check=False)
+    return done.stdout if done.returncode == 0 else None
 
 
 def provenance(started: float, device: str, threads: int) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "train": "train and test one network with one loss, and write its record",
-    "scale": "train at the paper's scale, alone or under torchrun, on the formats that people have",
+    "train": "train and test one network with one loss, alone or under torchrun, and write its record",
     "reproduce": "compute what this machine has not computed yet, and compare it with the committed values",
     "status": "say which results are stale, without computing anything",
     "validate": "re-execute the committed notebooks strictly and check all that is generated",

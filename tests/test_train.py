@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from mvrepro import networks
+from mvrepro import LOSSES, MarginHead, networks
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
-from mvrepro.heads.margin import MarginHead
-from mvrepro.images.small import Images
-from mvrepro.losses import LOSSES
-from mvrepro.training import train
-from mvrepro.training.train import Diverged, TrainConfig
-from mvrepro.training.weights import load_checkpoint, save_checkpoint
+from mvrepro.images import Pixels
+from mvrepro.training import checkpoint, tasks
+from mvrepro.training.batches import normalised
+from mvrepro.training.config import TrainConfig
+from mvrepro.training.logs import Course, Diverged
+from mvrepro.training.loop import Session, prepare, train
+from mvrepro.training.ranks import Ranks, pick_device
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,26 +66,33 @@ def faces(**changes: Any) -> TrainConfig:
     return toy(**settings | {"batch_size": 50, "lr": 0.05, "flip": True, "s": 32.0} | changes)
 
 
+def tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 CONFIGS = pytest.mark.parametrize("config_of", [toy, faces])
 
 
-def modules(config: TrainConfig) -> tuple[nn.Module, MarginHead, Images]:
-    """Backbone and head of a config, untrained, with its test images."""
-    torch.manual_seed(config.seed)
-    task = train.load(config)
-    return *train.build(config, task.train, CPU), task.test
+def few(images: Pixels, **changes: Any) -> tuple[Session, list[float]]:
+    """A session on these images, ready to take its steps, and the losses of every step that it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, "few", lambda: tasks.Task(images, images, lambda embeddings, weights: ({}, {})))
+        session = prepare(toy(data="few", **changes), ALONE)
+    losses: list[float] = []
+    session.network.head.register_forward_hook(lambda *given: losses.append(given[-1].item()))
+    return session, losses
+
+
+def fit(session: Session) -> Course:
+    return session.steps(0, {}, None, None, keep_last=False)[0]
 
 
 def fit_few(images: int, **changes: Any) -> tuple[dict[str, list[float]], MarginHead, list[float]]:
     """Train on so many random images of four classes; returns the curve, the head, and the loss of every step."""
     rng = np.random.default_rng(0)
-    few = Images(rng.integers(0, 256, (images, 1, 8, 8), dtype=np.uint8), np.arange(images) % 4)
-    config = toy(**changes)
-    torch.manual_seed(0)
-    backbone, head = train.build(config, few, CPU)
-    losses: list[float] = []
-    head.register_forward_hook(lambda *given: losses.append(given[-1].item()))
-    return train.fit(config, backbone, head, few, CPU), head, losses
+    pixels = rng.integers(0, 256, (images, 1, 8, 8), dtype=np.uint8)
+    session, losses = few(Pixels(pixels, np.arange(images) % 4), **changes)
+    return fit(session).curve, session.network.head, losses
 
 
 # The record
@@ -94,10 +101,10 @@ def fit_few(images: int, **changes: Any) -> tuple[dict[str, list[float]], Margin
 @CONFIGS
 def test_record_says_what_was_done(config_of: Any, tmp_path: Path) -> None:
     config = config_of(loss="MV-AM-Softmax-a", epochs=2, milestones=(1,))
-    record = train.train_to_file(config, tmp_path / "run.json")
-    assert list(record) == ["config", "config_hash", "sizes", "metrics", "curve", "provenance"]
-    assert record["config"] == dataclasses.asdict(config)
-    expected = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+    record = train(config, out=tmp_path / "run.json")
+    assert list(record) == ["config", "config_hash", "code", "sizes", "metrics", "curve", "provenance"]
+    assert TrainConfig(**tuples(record["config"])) == config
+    expected = hashlib.sha256(json.dumps(config.decisive(), sort_keys=True).encode()).hexdigest()[:16]
     assert record["config_hash"] == expected
     assert list(record["curve"]) == ["loss", "lr", "marked_share", "target_cosine", "negative_cosine"]
     assert {len(values) for values in record["curve"].values()} == {2}
@@ -109,23 +116,25 @@ def test_record_says_what_was_done(config_of: Any, tmp_path: Path) -> None:
 def test_record_has_the_sizes_of_what_was_trained() -> None:
     # Linear without bias + BN + PReLU, twice, then a linear layer with its bias and BN.
     toy_net = (64 * 128 + 2 * 128 + 1) + (128 * 128 + 2 * 128 + 1) + (128 * 2 + 2 + 2 * 2)
-    assert train.train(toy(epochs=0))["sizes"] == {
+    assert train(toy(epochs=0))["sizes"] == {
         "train_images": 676,
         "train_classes": 5,
         "test_images": 225,
         "parameters": toy_net,
+        "ranks": 1,
+        "steps": 0,
     }
-    sizes = train.train(faces(epochs=0, train_people=30))["sizes"]
+    sizes = train(faces(epochs=0, train_people=30))["sizes"]
     assert (sizes["train_images"], sizes["train_classes"], sizes["test_images"]) == (300, 30, 100)
 
 
 def test_metrics_are_named_for_what_they_are() -> None:
-    assert list(train.train(toy())["metrics"]) == ["accuracy"]
-    assert list(train.train(faces(fprs=(0.1, 0.001)))["metrics"]) == ["tpr@fpr=0.1", "tpr@fpr=0.001"]
+    assert list(train(toy())["metrics"]) == ["accuracy"]
+    assert list(train(faces(fprs=(0.1, 0.001)))["metrics"]) == ["tpr@fpr=0.1", "tpr@fpr=0.001"]
 
 
 def test_provenance_says_where_the_numbers_come_from() -> None:
-    provenance = train.train(toy(epochs=0))["provenance"]
+    provenance = train(toy(epochs=0))["provenance"]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert provenance["commit"] == (commit.stdout.strip() if commit.returncode == 0 else None)
     assert provenance["dirty"] in ((True, False) if commit.returncode == 0 else (None,))
@@ -158,7 +167,7 @@ def test_run_names(config: TrainConfig, name: str) -> None:
 
 def numbers(config: TrainConfig) -> str:
     """Metrics and curve, exactly."""
-    record = train.train(config)
+    record = train(config)
     return json.dumps([record["metrics"], record["curve"]])
 
 
@@ -184,8 +193,9 @@ def test_what_was_trained_before_does_not_matter(config_of: Any) -> None:
 def test_another_process_gives_the_same_bits() -> None:
     code = """
 import json, sys
-from mvrepro.training import train
-records = [train.train(train.TrainConfig(**settings)) for settings in json.loads(sys.argv[1])]
+from mvrepro.training.config import TrainConfig
+from mvrepro.training.loop import train
+records = [train(TrainConfig(**settings)) for settings in json.loads(sys.argv[1])]
 print(json.dumps([[record["metrics"], record["curve"]] for record in records]))
 """
     configs = [faces(loss="MV-AM-Softmax-a"), toy()]
@@ -206,7 +216,7 @@ print(json.dumps([[record["metrics"], record["curve"]] for record in records]))
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_falls_and_digits_are_told_apart(loss: str) -> None:
-    record = train.train(toy(loss=loss, embedding_dim=3, epochs=4))
+    record = train(toy(loss=loss, embedding_dim=3, epochs=4))
     assert record["curve"]["loss"][-1] < 0.2 * record["curve"]["loss"][0]
     assert record["curve"]["target_cosine"][-1] > record["curve"]["target_cosine"][0] + 0.5
     assert record["metrics"]["accuracy"] > 0.9  # chance is 0.2
@@ -215,7 +225,7 @@ def test_loss_falls_and_digits_are_told_apart(loss: str) -> None:
 @pytest.mark.parametrize("loss", ["Softmax", "AM-Softmax"])
 def test_loss_falls_on_faces(loss: str) -> None:
     """What is learned in a second is not seen at the test yet: an untrained network is nearly as good there."""
-    curve = train.train(faces(loss=loss, epochs=5))["curve"]
+    curve = train(faces(loss=loss, epochs=5))["curve"]
     assert curve["loss"][-1] < 0.7 * curve["loss"][0]
     assert curve["target_cosine"][-1] > curve["target_cosine"][0] + 0.2
     assert curve["marked_share"][-1] < 0.7 * curve["marked_share"][0]
@@ -294,7 +304,7 @@ def test_loss_of_an_epoch_is_the_mean_over_its_images(images: int) -> None:
 
 def test_batches_of_one_image_are_refused() -> None:
     with pytest.raises(UserError, match="batch_size"):
-        train.train(toy(batch_size=1))
+        train(toy(batch_size=1))
 
 
 # Divergence
@@ -303,21 +313,23 @@ def test_batches_of_one_image_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"lr": 1e30}, r"nan at step 2 \(epoch 1\) of AM-Softmax_2d_seed0 with lr 1e\+30, s 16, m 0.35: "),
+        ({"lr": 1e30}, r"nan at step 2 \(epoch 1\) of AM-Softmax_2d_seed0 with lr 1e\+30, s 16: "),
         ({"lr": 1e30, "batch_size": 676, "epochs": 3}, r"nan at step 2 \(epoch 2\) of AM-Softmax_2d_seed0 "),
-        ({"s": 1e38}, r"inf at step 1 \(epoch 1\) of AM-Softmax_2d_seed0 with lr 0.01, s 1e\+38, m 0.35: "),
+        ({"s": 1e38}, r"inf at step 1 \(epoch 1\) of AM-Softmax_2d_seed0 with lr 0.01, s 1e\+38: "),
         (
             {"loss": "MV-Arc-Softmax-a", "t": 1e38},
-            r"\w+ at step 1 \(epoch 1\) of MV-Arc-Softmax-a_t1e\+38_2d_seed0 with lr 0.01, s 16, m 0.5: ",
+            r"\w+ at step 1 \(epoch 1\) of MV-Arc-Softmax-a_t1e\+38_2d_seed0 with lr 0.01, s 16: ",
         ),
     ],
 )
 def test_a_diverged_run_says_where_and_what_to_try_and_writes_nothing(
     changes: dict[str, Any], where: str, tmp_path: Path
 ) -> None:
-    cure = "try a smaller --lr, a warm-up of t .--t-warmup., --easy-margin, or --start-from a margin model; "
-    with pytest.raises(Diverged, match=f"^the loss became {where}.*{cure}nothing was written$"):
-        train.train_to_file(toy(**changes), tmp_path / "run.json", save=tmp_path / "model.safetensors")
+    cure = "try a smaller --lr, .*a warm-up of t .--t-warmup., --easy-margin, .*or --start-from a margin model; "
+    with pytest.raises(
+        Diverged, match=f"^the loss became {where}.*{cure}no record was written, and snapshots .* stay$"
+    ):
+        train(toy(**changes), out=tmp_path / "run.json", save=tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -328,64 +340,70 @@ def test_diverged_is_an_error_for_the_user() -> None:
 @pytest.mark.parametrize("config", [toy(lr=1e30, batch_size=676), faces(lr=1e30, batch_size=200)], ids=["toy", "faces"])
 def test_a_run_that_diverges_at_its_last_step_is_no_run(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(Diverged):
-        train.train_to_file(config, tmp_path / "run.json")
+        train(config, out=tmp_path / "run.json")
     assert list(tmp_path.iterdir()) == []
 
 
 # Files
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    """The disk is full when a file that ends so is moved into place."""
-    real = Path.replace
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The disk is full when a file or folder of that name is moved into place."""
+    for how in ("replace", "rename"):
+        real = getattr(Path, how)
 
-    def replace(self: Path, target: Path) -> Path:
-        if Path(target).suffix == suffix:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, target)
+        def move(self: Path, target: Path, real: Any = real) -> Path:
+            if Path(target).name == name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(self, target)
 
-    monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(Path, how, move)
 
 
 @pytest.mark.parametrize(
-    ("config_of", "suffix", "save"),
-    [(faces, ".json", None), (toy, ".safetensors", None), (faces, ".pt", "model.pt"), (toy, ".pt", "model.pt")],
+    ("config_of", "name", "save"),
+    [(faces, "run.json", None), (toy, "run.safetensors", None), (faces, "model", "model"), (toy, "model", "model")],
 )
 @pytest.mark.parametrize("old", [False, True], ids=["new", "over"])
 def test_a_write_that_fails_leaves_what_was_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config_of: Any, suffix: str, save: str | None, old: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config_of: Any, name: str, save: str | None, old: bool
 ) -> None:
     if old:
-        for name in ("run.json", "run.safetensors", "model.pt"):
-            (tmp_path / name).write_text("old")
+        for file in ("run.json", "run.safetensors"):
+            (tmp_path / file).write_text("old")
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    fail_at(monkeypatch, suffix)
-    with pytest.raises(UserError, match=f"could not write .*{suffix}.*the disk is full: free some space"):
-        train.train_to_file(config_of(epochs=0), tmp_path / "run.json", save=tmp_path / save if save else None)
+    fail_at(monkeypatch, name)
+    with pytest.raises(UserError, match=f"could not write .*{name}.*the disk is full: free some space"):
+        train(config_of(epochs=0), out=tmp_path / "run.json", save=tmp_path / save if save else None)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 def test_the_record_is_written_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A record stands for a whole run: where it is, features and checkpoint are too."""
-    fail_at(monkeypatch, ".json")
+    fail_at(monkeypatch, "run.json")
     with pytest.raises(UserError, match="the disk is full"):
-        train.train_to_file(toy(epochs=0), tmp_path / "run.json", save=tmp_path / "model.pt")
-    assert {path.name for path in tmp_path.iterdir()} == {"run.safetensors", "model.pt"}
+        train(toy(epochs=0), out=tmp_path / "run.json", save=tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"run.safetensors", "model"}
 
 
-def test_features_and_checkpoint_do_not_fight_for_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.safetensors"
-    try:
-        train.train_to_file(toy(epochs=0), tmp_path / "run.json", save=path)
-    except UserError:
-        return  # to refuse is as good
-    assert "head.weight" in load_file(path)
+def test_what_is_there_and_no_checkpoint_is_not_saved_over(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for place in ("mine", "mine/thesis.txt"):
+        with pytest.raises(UserError, match="is there already and no checkpoint: choose another place for --save"):
+            train(toy(epochs=0), save=tmp_path / place)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    train(toy(epochs=0), save=tmp_path / "model")
+    first = (tmp_path / "model" / "rank-0.safetensors").read_bytes()
+    train(toy(epochs=0, seed=1), save=tmp_path / "model")  # one's own is replaced
+    assert (tmp_path / "model" / "rank-0.safetensors").read_bytes() != first
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("flip", [False, True])
 def test_toy_features_go_beside_the_record(tmp_path: Path, dim: int, flip: bool) -> None:
-    record = train.train_to_file(toy(embedding_dim=dim, flip=flip), tmp_path / "a" / "run.json")
+    record = train(toy(embedding_dim=dim, flip=flip), out=tmp_path / "a" / "run.json")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["run.json", "run.safetensors"]
     found = load_file(tmp_path / "a" / "run.safetensors")
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} == {
@@ -400,13 +418,13 @@ def test_toy_features_go_beside_the_record(tmp_path: Path, dim: int, flip: bool)
 
 
 def test_faces_have_no_features_beside_their_record(tmp_path: Path) -> None:
-    train.train_to_file(faces(epochs=0), tmp_path / "run.json")
+    train(faces(epochs=0), out=tmp_path / "run.json")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_train_alone_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    train.train(toy())
+    train(toy())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -416,48 +434,70 @@ def test_train_alone_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @CONFIGS
 def test_a_checkpoint_gives_the_same_embeddings(config_of: Any, tmp_path: Path) -> None:
     config = config_of()
-    saved = train.train(config, save=tmp_path / "model.safetensors")
+    saved = train(config, save=tmp_path / "model")
     # Without a step of training, the record is the same.
-    again = train.train(dataclasses.replace(config, epochs=0), start_from=tmp_path / "model.safetensors")
+    again = train(dataclasses.replace(config, epochs=0), begin=tmp_path / "model")
     assert again["metrics"] == saved["metrics"]
-    assert again["metrics"] != train.train(dataclasses.replace(config, epochs=0))["metrics"]
+    assert again["metrics"] != train(dataclasses.replace(config, epochs=0))["metrics"]
+
+
+def save(session: Session, path: Path) -> None:
+    checkpoint.write_checkpoint(path, 0, session.network, {"about": session.about()}, {})
+
+
+def embeddings(session: Session) -> torch.Tensor:
+    images = normalised(torch.from_numpy(session.test.pixels), True)
+    return networks.embed(session.network.backbone, images, mirror=True)
 
 
 def test_a_checkpoint_holds_every_bit_and_the_settings(tmp_path: Path) -> None:
     config = toy(loss="MV-AM-Softmax-a", seed=3)
-    backbone, head, test_set = modules(config)
-    head.step += 17
-    save_checkpoint(tmp_path / "model.safetensors", backbone, head, config)
-    other_backbone, other_head, _ = modules(dataclasses.replace(config, seed=4))
-    images = train.normalise_pixels(test_set)
-    expected = networks.embed(backbone, images, mirror=True)
-    assert not torch.equal(networks.embed(other_backbone, images, mirror=True), expected)
-    load_checkpoint(tmp_path / "model.safetensors", other_backbone, other_head)
-    assert torch.equal(networks.embed(other_backbone, images, mirror=True), expected)
-    assert torch.equal(other_head.weight, head.weight)
-    assert other_head.step == 0  # a warm-up of t starts anew
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["config"]) == json.loads(json.dumps(dataclasses.asdict(config)))
+    session, other = (prepare(c, ALONE) for c in (config, dataclasses.replace(config, seed=4)))
+    session.network.head.step += 17
+    save(session, tmp_path / "model")
+    other.test.pixels = session.test.pixels
+    assert not torch.equal(embeddings(other), embeddings(session))
+    checkpoint.start_from(tmp_path / "model", other.network)
+    assert torch.equal(embeddings(other), embeddings(session))
+    assert torch.equal(other.network.head.weight, session.network.head.weight)
+    assert other.network.head.step == 0  # a warm-up of t starts anew
+    about = json.loads((tmp_path / "model" / "manifest.json").read_text())["about"]
+    assert {"data": "digits", **about}.items() >= config.decisive().items()
 
 
 def test_margin_epochs_are_those_of_the_margin_loss() -> None:
     """The first epochs are AM-Softmax to the bit; then t comes in."""
-    margin = train.train(toy(loss="AM-Softmax", epochs=3))["curve"]
-    first = train.train(toy(loss="MV-AM-Softmax-f", epochs=3, margin_epochs=2))["curve"]
+    margin = train(toy(loss="AM-Softmax", epochs=3))["curve"]
+    first = train(toy(loss="MV-AM-Softmax-f", epochs=3, margin_epochs=2))["curve"]
     assert first["loss"][:2] == margin["loss"][:2]
     assert first["target_cosine"] == margin["target_cosine"]  # those of the first step of an epoch
     assert first["loss"][2] > margin["loss"][2]
-    never = train.train(toy(loss="MV-AM-Softmax-f", epochs=3, margin_epochs=3))["curve"]
+    never = train(toy(loss="MV-AM-Softmax-f", epochs=3, margin_epochs=3))["curve"]
     assert never == margin
 
 
 def test_an_mv_loss_starts_from_a_margin_model(tmp_path: Path) -> None:
-    train.train(toy(loss="AM-Softmax", epochs=2), save=tmp_path / "am.safetensors")
-    from_scratch = train.train(toy(loss="MV-AM-Softmax-a"))["curve"]
-    from_margin = train.train(toy(loss="MV-AM-Softmax-a"), start_from=tmp_path / "am.safetensors")["curve"]
+    train(toy(loss="AM-Softmax", epochs=2), save=tmp_path / "am")
+    from_scratch = train(toy(loss="MV-AM-Softmax-a"))["curve"]
+    from_margin = train(toy(loss="MV-AM-Softmax-a"), begin=tmp_path / "am")["curve"]
     assert from_margin["target_cosine"][0] > from_scratch["target_cosine"][0] + 0.5
     assert from_margin["marked_share"][0] < from_scratch["marked_share"][0]
     assert from_margin["loss"][0] < from_scratch["loss"][0]
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Another content of a checkpoint, with a manifest that fits it."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in ("common.safetensors", "rank-0.safetensors"):
+        tensors |= load_file(path / file)
+    changed = change({name: tensor for name, tensor in tensors.items() if name.startswith(("backbone.", "head."))})
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    for file, prefix in (("common.safetensors", False), ("rank-0.safetensors", True)):
+        save_file({k: v for k, v in changed.items() if k.startswith("head.") is prefix}, path / file)
+        manifest["files"][file] = hashlib.sha256((path / file).read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))
 
 
 def head_of(classes: int) -> Any:
@@ -480,13 +520,11 @@ def head_of(classes: int) -> Any:
     ids=["other classes", "other dimension", "no head", "no backbone", "too much", "something else"],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: Any, message: str) -> None:
-    path = tmp_path / "model.safetensors"
-    backbone, head, _ = modules(toy())
-    save_checkpoint(path, backbone, head, toy())
-    tensors = load_file(path)
-    save_file(change(tensors), path)
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    rewrite(path, change)
     with pytest.raises(UserError) as caught:
-        train.train(toy(), start_from=path)
+        train(toy(), begin=path)
     assert str(caught.value).startswith(f"{path} does not fit this model: {message}")
 
 
@@ -503,28 +541,28 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: Any, 
 def test_a_model_of_other_settings_is_refused(
     tmp_path: Path, saved: TrainConfig, started: TrainConfig, message: str
 ) -> None:
-    path = tmp_path / "model.safetensors"
-    train.train(dataclasses.replace(saved, epochs=0), save=path)
+    path = tmp_path / "model"
+    train(dataclasses.replace(saved, epochs=0), save=path)
     with pytest.raises(UserError) as caught:
-        train.train(started, start_from=path)
+        train(started, begin=path)
     assert str(caught.value).startswith(f"{path} does not fit this model: {message}")
 
 
+@pytest.mark.parametrize("file", ["manifest.json", "common.safetensors", "rank-0.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "header only", "garbage", "empty", "missing", "folder"])
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "model.safetensors"
-    backbone, head, _ = modules(toy())
-    save_checkpoint(path, backbone, head, toy())
-    content = path.read_bytes()
-    path.unlink()
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, file: str) -> None:
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    content = (path / file).read_bytes()
+    (path / file).unlink()
     if damage == "folder":
-        path.mkdir()
+        (path / file).mkdir()
     elif damage != "missing":
-        kept = {"truncated": content[:-1], "header only": content[:100], "garbage": b"PK\x03\x04" * 99, "empty": b""}
-        path.write_bytes(kept[damage])
+        kept = {"truncated": content[:-2], "header only": content[:100], "garbage": b"PK\x03\x04" * 99, "empty": b""}
+        (path / file).write_bytes(kept[damage])
     with pytest.raises(UserError) as caught:
-        train.train(toy(), start_from=path)
-    assert str(caught.value).startswith(f"{path} is not a readable checkpoint: ")
+        train(toy(), begin=path)
+    assert str(caught.value).startswith(f"{path} is not a readable checkpoint: {file} ")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -552,7 +590,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
 )
 def test_settings_that_make_no_sense_are_one_message(config: TrainConfig, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        train.train_to_file(config, tmp_path / "run.json")
+        train(config, out=tmp_path / "run.json")
     assert str(caught.value).startswith(message)
     assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
@@ -582,21 +620,21 @@ def test_settings_that_make_no_sense_are_one_message(config: TrainConfig, messag
 )
 def test_other_settings_that_make_no_sense_are_one_message_too(config: TrainConfig) -> None:
     with pytest.raises(UserError) as caught:
-        train.train(config)
+        train(config)
     assert not isinstance(caught.value, Diverged)
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert train.pick_device("auto") == CPU
+    assert pick_device("auto") == CPU
 
 
 # The parts
 
 
 def test_pixels_are_normalised_around_zero() -> None:
-    images = Images(np.array([0, 127, 128, 255], np.uint8).reshape(4, 1, 1, 1), np.arange(4))
-    found = train.normalise_pixels(images)
+    images = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).reshape(4, 1, 1, 1)
+    found = normalised(images, True)
     assert found.dtype == torch.float32
     assert found.flatten().tolist() == [-127.5 / 128, -0.5 / 128, 0.5 / 128, 127.5 / 128]
 
@@ -624,7 +662,7 @@ def on_circle(*degrees: float) -> torch.Tensor:
 def test_marked_share_of_a_case_worked_out_by_hand(loss: str, m: float | None, share: float) -> None:
     head = MarginHead(loss, 2, 3, m=m)
     head.weight.data = 3 * on_circle(0, 90, 180)
-    found = train.cosines(head, 7 * on_circle(30, 50), torch.tensor([0, 1]))
+    found = head.watch(7 * on_circle(30, 50), torch.tensor([0, 1]))
     target, negative = [30, 40], [60, 150, 50, 130]
     assert found == {
         "marked_share": share,
@@ -637,12 +675,10 @@ def test_marked_share_of_a_case_worked_out_by_hand(loss: str, m: float | None, s
 def test_an_epoch_shows_every_image_once_and_half_of_them_mirrored_with_flip(flip: bool) -> None:
     pixels = np.zeros((200, 1, 8, 8), np.uint8)
     pixels[:, 0, 0, 0], pixels[:, 0, 7, 0] = 255, np.arange(200)  # a bright corner, and which image it is
-    images = Images(pixels, np.arange(200) % 4)
-    config = toy(flip=flip, batch_size=32, epochs=2)
-    backbone, head = train.build(config, images, CPU)
+    session, _ = few(Pixels(pixels, np.arange(200) % 4), flip=flip, batch_size=32, epochs=2)
     seen: list[torch.Tensor] = []
-    backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    train.fit(config, backbone, head, images, CPU)
+    session.network.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    fit(session)
     shown = torch.cat(seen) * 128 + 127.5
     mirrored = shown[:, 0, 0, 7] == 255
     upright = torch.where(mirrored[:, None, None, None], shown.flip(-1), shown)
@@ -657,10 +693,10 @@ def test_an_epoch_shows_every_image_once_and_half_of_them_mirrored_with_flip(fli
 @pytest.mark.parametrize("flip", [False, True])
 def test_flip_adds_the_mirror_image_at_the_test(tmp_path: Path, flip: bool) -> None:
     config = toy(flip=flip)
-    train.train_to_file(config, tmp_path / "run.json", save=tmp_path / "model")
-    backbone, head, test_set = modules(config)
-    load_checkpoint(tmp_path / "model", backbone, head)
-    images = train.normalise_pixels(test_set)
+    train(config, out=tmp_path / "run.json", save=tmp_path / "model")
+    session = prepare(config, ALONE)
+    checkpoint.start_from(tmp_path / "model", session.network)
+    backbone, images = session.network.backbone, normalised(torch.from_numpy(session.test.pixels), True)
     with torch.no_grad():
         expected = backbone.eval()(images) + (backbone(images.flip(-1)) if flip else 0)
     torch.testing.assert_close(load_file(tmp_path / "run.safetensors")["features"], expected)
@@ -668,8 +704,9 @@ def test_flip_adds_the_mirror_image_at_the_test(tmp_path: Path, flip: bool) -> N
 
 @CONFIGS
 def test_embedding_in_parts_and_with_mirror_images(config_of: Any) -> None:
-    backbone, _, test_set = modules(config_of())
-    images = train.normalise_pixels(test_set)
+    session = prepare(config_of(), ALONE)
+    backbone, test_set = session.network.backbone, session.task.test
+    images = normalised(torch.from_numpy(session.test.pixels), True)
     whole = networks.embed(backbone, images, mirror=False, batch_size=1000)
     assert not backbone.training
     assert whole.shape == (len(test_set), config_of().embedding_dim)
@@ -701,14 +738,14 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @CONFIGS
 def test_training_on_a_gpu(config_of: Any, device: str, tmp_path: Path) -> None:
     config = config_of(loss="MV-AM-Softmax-a", device=device, epochs=4)
-    record = train.train_to_file(config, tmp_path / "run.json", save=tmp_path / "model.pt")
+    record = train(config, out=tmp_path / "run.json", save=tmp_path / "model")
     assert all(math.isfinite(value) for values in record["curve"].values() for value in values)
     assert record["curve"]["loss"][-1] < record["curve"]["loss"][0]
     assert all(0 <= value <= 1 for value in record["metrics"].values())
     assert record["provenance"]["device"] == torch.cuda.get_device_name()
     assert record["provenance"]["peak_gpu_mib"] > 0
     # What was trained there can be judged without one.
-    again = train.train(dataclasses.replace(config, epochs=0, device="cpu"), start_from=tmp_path / "model.pt")
+    again = train(dataclasses.replace(config, epochs=0, device="cpu"), begin=tmp_path / "model")
     assert again["metrics"] == pytest.approx(record["metrics"], abs=0.02)
 
 
@@ -717,9 +754,10 @@ def test_a_seed_gives_the_same_bits_on_a_gpu() -> None:
     """CUBLAS_WORKSPACE_CONFIG must be set before CUDA starts, so this takes a process of its own."""
     code = """
 import json, sys
-from mvrepro.training import train
-config = train.TrainConfig(**json.loads(sys.argv[1]))
-records = [train.train(config) for _ in range(2)]
+from mvrepro.training.config import TrainConfig
+from mvrepro.training.loop import train
+config = TrainConfig(**json.loads(sys.argv[1]))
+records = [train(config) for _ in range(2)]
 first, second = ([record["metrics"], record["curve"]] for record in records)
 sys.exit(0 if first == second else f"{first} is not {second}")
 """

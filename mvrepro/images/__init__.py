@@ -34,3 +34,4 @@ __all__ = [
     "write_rec",
     "write_tars",
 ]
+from mvrepro.images.small import Images, Pixels

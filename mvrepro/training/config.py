@@ -1,47 +1,68 @@
-"""Every setting of a run at scale. Imports no torch, whose environment the command sets first."""
+"""Every setting of a training, once: its meaning, its default and its range. Imports no torch, whose environment the
+command sets first; the options of `python -m mvrepro train` are made from the fields."""
 
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from mvrepro.errors import UserError
 
-SCHEDULES = ("step", "cosine")
+Range = tuple[float, float]
+COUNT: Range = (0, 2**31)  # of steps, images, …
+SHARE: Range = (0, 1)
 
 
-def setting(text: str, default: Any = MISSING, *, free: bool = False) -> Any:
-    """text: for --help. free: may change when a run goes on, since it decides nothing of the weights."""
-    return field(metadata={"help": text, "free": free}, **({} if default is MISSING else {"default": default}))
+def setting(
+    text: str, default: Any = MISSING, within: Range | None = None, *, one_of: tuple[str, ...] = (), free: bool = False
+) -> Any:
+    """text: for --help; within: the least and the largest value, None where the head knows; one_of: the values of a word.
+    free: may change when a run goes on, and between equal runs, since it decides nothing of the weights."""
+    about = {"help": text, "within": within, "one_of": one_of, "free": free}
+    return field(metadata=about, **({} if default is MISSING else {"default": default}))
 
 
 @dataclass(frozen=True)
-class ScaleConfig:
-    """What decides a run, and how it is watched. A step is one of the optimiser; counts are of all ranks together."""
+class TrainConfig:
+    """What decides a run, and how it is watched. A step is one of the optimiser; counts are of all ranks together.
 
-    # those without a default come from a profile of params.yaml
-    loss: str = setting("a name from mvrepro.losses.LOSSES")
-    backbone: str = setting("a name from mvrepro.networks_large or mvrepro.networks")
-    embedding_dim: int = setting("dimensions of an embedding")
-    epochs: int = setting("passes over the training set")
-    batch_size: int = setting("images a step, on all ranks and in all accumulated parts together")
-    lr: float = setting("learning rate after the warm-up")
-    milestones: tuple[int, ...] = setting("schedule step: epochs after which lr is divided by 10")
+    Those without a default come from a profile of params.yaml.
+    """
 
+    profile: str = setting("the section of params.yaml that the settings came from")
+    loss: str = setting("a name from mvrepro.LOSSES")
     data: str = setting(
-        "the training set: .rec, .tar, a folder of these, or a folder with a folder a person", "", free=True
-    )
-    renumber: bool = setting("give class ids with holes new numbers 0 … K−1", False)
-    synthetic_classes: int = setting("instead of --data: random images of K classes, to measure with", 0)
-    image_size: int = setting("side of the (square) images; the large backbones want 112", 112)
+        "what is trained on and tested with: a row of TASKS in training/tasks.py, such as orl or lfw; or the path of a "
+        "training set: .rec, .tar, a folder of these, or a folder with a folder a person"
+    )  # fmt: skip
+    backbone: str = setting("name of the network, of those in mvrepro/networks.py")
+    embedding_dim: int = setting("dimensions of an embedding", within=(1, 65536))
+    epochs: int = setting("passes over the training set", within=COUNT)
+    batch_size: int = setting("images a step, on all ranks and in all accumulated parts together", within=(2, 2**24))
+    lr: float = setting("learning rate after the warm-up", within=(0, 1e38))
+    milestones: tuple[int, ...] = setting("schedule step: epochs after which lr is divided by 10", within=(1, 2**31))
+
+    seed: int = setting("decides people, weights, order, mirroring and samples", 0, (0, 2**32 - 1))
+    variant: str = setting("what sets the run apart from the plain ones of its profile, in words", "")
+    # the training set
+    image_size: int = setting("side of the (square) images", 32, (1, 4096))
+    train_people: int = setting("orl: how many people to train on; the rest is for the test", 20, (2, 2**31))
+    remove: str = setting(
+        "lfw, cfp: who is taken out, overlap (who is also in the test set) or others (as many who are not)",
+        "overlap", one_of=("overlap", "others"),
+    )  # fmt: skip
+    renumber: bool = setting("a path: give class ids with holes new numbers 0 … K−1", False)
+    synthetic_classes: int = setting("with --data synthetic: random images of K classes, to measure with", 0, COUNT)
     flip: bool = setting("mirror each image with probability 0.5; at the test, add the mirror image's embedding", True)
-    seed: int = setting("decides weights, order, mirroring, dropout and sampled negatives", 0)
-    steps: int = setting("end after so many steps (0: after all epochs)", 0)
-    accumulate: int = setting("parts of a batch that go through the network one after the other", 1)
-    momentum: float = setting("momentum of SGD", 0.9)
-    weight_decay: float = setting("weight decay of SGD", 5e-4)
-    clip: float = setting("largest norm of the gradient of backbone and head together (0: any)", 0.0)
-    schedule: str = setting(" or ".join(SCHEDULES), "step")
-    warmup: int = setting("steps over which lr grows from 0", 0)
+    # the schedule
+    steps: int = setting("end after so many steps (0: after all epochs)", 0, COUNT)
+    schedule: str = setting("how lr falls: in steps or as a cosine", "step", one_of=("step", "cosine"))
+    warmup: int = setting("steps over which lr grows from 0", 0, COUNT)
+    accumulate: int = setting("parts of a batch that go through the network one after the other", 1, (1, 2**20))
+    momentum: float = setting("momentum of SGD", 0.9, SHARE)
+    weight_decay: float = setting("weight decay of SGD", 5e-4, (0, 1e6))
+    clip: float = setting("largest norm of the gradient of backbone and head together (0: any)", 0.0, (0, 1e38))
+    # the loss
     s: float = setting("scale of the cosines", 32.0)
     m: float | None = setting("margin; default: that of the loss (AM 0.35, Arc 0.5, A 2)", None)
     t: float = setting("strength of the emphasis on marked classes, >= 0 (MV and SV losses)", 0.2)
@@ -49,55 +70,66 @@ class ScaleConfig:
     hard_ratio: float = setting("share of a batch that the HM losses keep", 0.9)
     easy_margin: bool = setting("the margin only where cosθ_y > 0, as in the authors' code", False)
     stop_gradient: bool = setting("no gradient through the emphasis of the adaptive form; not in the paper", False)
-    t_warmup: int = setting("steps over which t grows from 0", 0)
-    margin_epochs: int = setting("epochs with t = 0 before the others: starts from the margin model", 0)
+    t_warmup: int = setting("steps over which t grows from 0 (after the margin epochs)", 0, COUNT)
+    margin_epochs: int = setting("epochs with t = 0 before the others: starts from the margin model", 0, COUNT)
     annealing: bool = setting("A-Softmax with the annealed λ of the authors' code", False)
-    sample_rate: float = setting("share of the classes that a step sees (Partial FC)", 1.0)
+    sample_rate: float = setting("share of the classes that a step sees (Partial FC)", 1.0, SHARE)
     update_in_backward: bool = setting("the head's gradient never exists as a whole: less memory, no clipping", False)
+    # the machine
     bfloat16: bool = setting("autocast the backbone to bfloat16; the head stays in float32", False)
     channels_last: bool = setting("memory format of images and convolutions", True)
     compile: bool = setting("torch.compile the backbone", False)
     sync_bn: bool = setting("batch norms see the batch of all ranks", False)
-    deterministic: bool = setting("the same bits on the same hardware; slower", False)
-    device: str = setting("auto, cpu or cuda (each rank takes the GPU of its local number)", "auto")
-    threads: int = setting("CPU threads of each process, besides those that read images", 1)
+    deterministic: bool = setting("the same bits on the same hardware; slower", True)
+    device: str = setting("auto, cpu, cuda, cuda:1, … (under torchrun each rank takes the GPU of its number)", "auto")
+    threads: int = setting("CPU threads of each process; another number gives other last bits", 1, (1, 1024))
+    # the test
+    fprs: tuple[float, ...] = setting("false positive rates at which the TPR is measured", (0.01, 0.001), (0, 1))
+    verify: tuple[str, ...] = setting("a path: InsightFace's pair sets (.bin) to test on", (), free=True)
 
-    workers: int = setting("processes that read and decode images, of each rank (0: none beside it)", 4, free=True)
-    bad_limit: int = setting("images a rank may skip because they don't decode", 100, free=True)
-    verify: tuple[str, ...] = setting("InsightFace's pair sets (.bin) to test on while training", (), free=True)
-    verify_every: int = setting("steps between two tests; there is one at the end, too", 2000, free=True)
-    log_every: int = setting("steps between two lines of the log", 50, free=True)
-    snapshot_every: int = setting("steps between two snapshots; there is one at the end, too", 1000, free=True)
-    keep_snapshots: int = setting("how many snapshots stay", 2, free=True)
+    workers: int = setting("processes that read and decode images, of each rank (0: none)", 4, (0, 256), free=True)
+    bad_limit: int = setting("images a rank may skip because they don't decode", 100, COUNT, free=True)
+    test_every: int = setting("steps between two tests (0: only at the end)", 0, COUNT, free=True)
+    log_every: int = setting("steps between two lines of the log", 50, (1, 2**31), free=True)
+    snapshot_every: int = setting("steps between two snapshots", 1000, (1, 2**31), free=True)
+    keep_snapshots: int = setting("how many snapshots stay", 2, (1, 1000), free=True)
     tensorboard: bool = setting('log for TensorBoard, too (pip install "mvrepro[scale]")', False, free=True)
-    timeout: float = setting("minutes that ranks wait for each other before they give up", 10.0, free=True)
+    timeout: float = setting("minutes that ranks wait for each other before they give up", 10.0, (0.01, 1e5), free=True)
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that a snapshot and the run that goes on from it must share."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["free"]}
+        """The settings that equal runs share, as JSON has them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["free"]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def run_name(self) -> str:
+        """The name of the run's files: loss, t where it has one (MV and SV), dimensions of the toy, variant, seed."""
+        t = f"_t{self.t:g}" if self.loss.startswith(("MV-", "SV-")) else ""
+        dim = f"_{self.embedding_dim}d" if self.data == "digits" else ""
+        variant = f"_{self.variant.replace(' ', '-')}" if self.variant else ""
+        return f"{self.loss}{t}{dim}{variant}_seed{self.seed}"
 
 
-LEAST: dict[str, float] = {
-    "embedding_dim": 1, "epochs": 1, "batch_size": 2, "lr": 0, "image_size": 1, "seed": 0, "steps": 0, "accumulate": 1,
-    "momentum": 0, "weight_decay": 0, "clip": 0, "warmup": 0, "margin_epochs": 0, "threads": 1, "workers": 0,
-    "bad_limit": 0, "verify_every": 1, "log_every": 1, "snapshot_every": 1, "keep_snapshots": 1, "synthetic_classes": 0,
-}  # fmt: skip
+def kind(name: str) -> type:
+    """The type of a setting's value, or of one of its values."""
+    hint: Any = next(f.type for f in fields(TrainConfig) if f.name == name)
+    if get_origin(hint) is tuple or isinstance(hint, UnionType):
+        hint = get_args(hint)[0]
+    return hint  # type: ignore[no-any-return]
 
 
-def check(config: ScaleConfig) -> None:
+def check(config: TrainConfig) -> None:
     """Refuse settings that make no sense before anything is computed; the head refuses its own. Raises UserError."""
-    for name, bound in LEAST.items():
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= bound):
-            raise UserError(f"{name} must be a number >= {bound:g}, got {value}")
-    if not (math.isfinite(config.timeout) and config.timeout > 0):
-        raise UserError(f"timeout must be a number of minutes > 0, got {config.timeout}")
-    if config.schedule not in SCHEDULES:
-        raise UserError(f"unknown schedule {config.schedule!r}; known are: {', '.join(SCHEDULES)}")
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu or cuda, got {config.device!r}: each rank finds its own GPU")
-    if bool(config.data) == bool(config.synthetic_classes):
-        raise UserError("exactly one of --data and --synthetic-classes says what is trained on")
+    for item in fields(config):
+        value, within = getattr(config, item.name), item.metadata["within"]
+        for one in value if isinstance(value, tuple) else (value,):
+            if within and not (isinstance(one, int | float) and math.isfinite(one) and within[0] <= one <= within[1]):
+                bound = f">= {within[0]:g}" if within[1] >= 2**31 else f"in {within[0]:g} … {within[1]:g}"
+                raise UserError(f"{item.name} must be a number {bound}, got {one}")
+            if item.metadata["one_of"] and one not in item.metadata["one_of"]:
+                known = ", ".join(item.metadata["one_of"])
+                raise UserError(f"unknown {item.name} {one!r}; known are: {known}")
+    if (config.data == "synthetic") != bool(config.synthetic_classes):
+        raise UserError("--data synthetic and --synthetic-classes K belong together")
     if config.update_in_backward and (config.accumulate > 1 or config.clip):
         other = "--accumulate" if config.accumulate > 1 else "--clip"
         raise UserError(
@@ -106,7 +138,21 @@ def check(config: ScaleConfig) -> None:
         )
 
 
-def rate(config: ScaleConfig, step: int, steps: int, steps_an_epoch: int) -> float:
+def from_settings(settings: dict[str, Any], where: str) -> TrainConfig:
+    """A config out of a profile's settings and options. Raises UserError for an unknown name and a missing one.
+
+    where: who gave them, for the message.
+    """
+    known = {f.name: f.default is MISSING for f in fields(TrainConfig)}
+    unknown = sorted(settings.keys() - known.keys())
+    missing = [name for name, needed in known.items() if needed and name not in settings]
+    if unknown or missing:
+        what = f"knows no setting called {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+        raise UserError(f"{where}: {what}")
+    return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+
+
+def rate(config: TrainConfig, step: int, steps: int, steps_an_epoch: int) -> float:
     """The learning rate of step 0 … steps − 1: a linear warm-up, then constant between milestones, or a cosine to 0.
 
     A function of the step and nothing else, so no snapshot has to hold a schedule.
@@ -116,9 +162,15 @@ def rate(config: ScaleConfig, step: int, steps: int, steps_an_epoch: int) -> flo
     if config.schedule == "cosine":
         done = (step - config.warmup) / max(1, steps - config.warmup)
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr * 0.1 ** sum(step // steps_an_epoch >= epoch for epoch in config.milestones)
+    lr = config.lr
+    for epoch in config.milestones:
+        if step // steps_an_epoch >= epoch:
+            lr *= 0.1  # one after the other: a power of 0.1 has other last bits
+    return lr
 
 
-def emphasis(config: ScaleConfig, step: int, steps_an_epoch: int) -> float:
-    """t of step 0 … steps − 1, to which a warm-up then comes: 0 while the margin model is trained."""
-    return config.t if step >= config.margin_epochs * steps_an_epoch else 0.0
+def emphasis(config: TrainConfig, step: int, steps_an_epoch: int) -> tuple[float, int]:
+    """(t, the step that its warm-up counts) of step 0 … steps − 1: t is 0, and no warm-up is spent, while the margin
+    model is trained."""
+    since = step - config.margin_epochs * steps_an_epoch
+    return (config.t, since) if since >= 0 else (0.0, 0)

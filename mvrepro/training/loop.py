@@ -1,35 +1,106 @@
-"""A run at scale from its settings to its record: train, log, test, keep snapshots, go on from one."""
+"""A run from its settings to its record: train, log, test, keep snapshots, go on from one."""
 
-import math
-import statistics
+import hashlib
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import save as to_bytes
 from tqdm import tqdm
 
-from mvrepro import export, networks, networks_large
+from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import display, read_json, write_json
-from mvrepro.provenance import config_hash, provenance
-from mvrepro.training.batches import Feed, Order, TrainingSet, open_set
-from mvrepro.training.checkpoint import Snapshots
-from mvrepro.training.config import ScaleConfig, emphasis, rate
-from mvrepro.training.logs import Logs
+from mvrepro.files import LOCAL, display, read_json, write_atomic, write_json
+from mvrepro.provenance import code_hash, config_hash, provenance
+from mvrepro.training import tasks
+from mvrepro.training.batches import Feed, Order
+from mvrepro.training.checkpoint import Snapshots, start_from, write_checkpoint
+from mvrepro.training.config import TrainConfig, check, emphasis, rate
+from mvrepro.training.logs import Course, Logs, Pace
 from mvrepro.training.network import Network
-from mvrepro.training.ranks import Ranks
-from mvrepro.training.testing import open_pairs, verify
+from mvrepro.training.ranks import Ranks, joined
+from mvrepro.training.testing import Test, Tested
 
-CURES = "try a smaller --lr, a --warmup of it, a warm-up of t (--t-warmup), --easy-margin or --clip"
+CODE = code_hash()  # of what is imported here, so of what trains; the files may change while it does
 
 
-def prepare(config: ScaleConfig, ranks: Ranks) -> tuple[TrainingSet, Order, Network]:
+def run(config: TrainConfig, out: Path) -> dict[str, Any]:
+    """`train` for a pipeline: a run that was stopped goes on where it was, unless settings or code have changed, and
+    when the record lies at `out` nothing else is left."""
+    work = LOCAL / "training" / config.profile / config.run_name()
+    record = train(config, out=out, work=work, resume="same")
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def train(
+    config: TrainConfig,
+    *,
+    out: Path | None = None,
+    work: Path | None = None,
+    save: Path | None = None,
+    begin: Path | None = None,
+    resume: str = "",
+) -> dict[str, Any]:
+    """Train and test one network, alone or as one of the ranks of torchrun; returns its record: config, code, sizes,
+    metrics, curve, evidence, provenance.
+
+    out     where the record goes (JSON), in one piece once all is known; features of a toy lie beside it
+    work    folder for snapshots and log.jsonl; None: neither is written
+    save    folder that gets the trained network as a checkpoint;  begin: checkpoint to begin with
+    resume  go on from the newest snapshot in `work`: "" (its presence is an error), "strict" (another run's, or one of
+            other code or versions, is an error), "despite changes" of those, "same" (begin anew instead of an error)
+
+    Raises UserError for settings that make no sense, on every rank or as an OwnFault on the one that alone knows what
+    went wrong, and Diverged where the loss is no longer a number.
+    """
+    started = time.perf_counter()
+    check(config)
+    if save and save.exists() and not (save / "manifest.json").is_file():
+        raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
+    with joined(config) as ranks:
+        session = prepare(config, ranks)
+        network, order = session.network, session.order
+        snapshots = Snapshots(work / "snapshots", session.about(), CODE, config.keep_snapshots, ranks) if work else None
+        if begin:
+            start_from(begin, network)
+        first, progress = _first(snapshots, network, resume) if snapshots else (0, {})
+        if first and first == order.steps and out and out.exists():
+            ranks.say("the run has all its steps already")
+            return dict(read_json(out))
+        with ranks.together():
+            logs = Logs(work, first, config.tensorboard) if work and ranks.rank == 0 else None
+        course, pace = session.steps(first, progress, snapshots, logs, keep_last=resume != "same")
+        with pace.apart("test"):
+            tested = session.test.run()
+        session.tell(order.steps, tested, logs)
+        if save:
+            write_checkpoint(save, order.steps, network, {"about": session.about()}, {})
+        record = {
+            "config": config.decisive(),
+            "config_hash": config_hash(config.decisive()),
+            "code": CODE,
+            "sizes": session.sizes(),
+            "metrics": tested.metrics,
+            "curve": course.curve,
+            **({"evidence": tested.evidence} if tested.evidence else {}),
+        }
+        watched = {"pace": pace.summary(), "resumed_from": first or None}
+        record["provenance"] = provenance(started, str(ranks.device), config.threads) | watched
+        with ranks.together():
+            if out and ranks.rank == 0:
+                session.write(record, tested.features, out, work)
+        if logs:
+            logs.close()
+    return record
+
+
+def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
     """What a run trains on, in which order, and what it trains. Raises UserError on all ranks."""
     if config.deterministic:
         make_deterministic(config.seed, config.threads)
@@ -37,170 +108,128 @@ def prepare(config: ScaleConfig, ranks: Ranks) -> tuple[TrainingSet, Order, Netw
         torch.set_num_threads(config.threads)
         torch.backends.cudnn.benchmark = True
     with ranks.together():
-        images = open_set(config)
-        order = Order(config, len(images.images), ranks.rank, ranks.count)
-    return images, order, Network(config, images.classes, ranks)
+        task = tasks.load(config)
+        order = Order(config, len(task.train), ranks.rank, ranks.count)
+        shape = task.train.read(np.zeros(1, np.int64)).shape[1:]
+    network = Network(config, int(task.train.labels.max()) + 1, shape, ranks)
+    return Session(config, ranks, task, order, network, Test(task, network))
 
 
-def train(config: ScaleConfig, out: Path, ranks: Ranks, *, resume: bool) -> dict[str, Any]:
-    """Run all steps, or those that are left; returns the record, which lies in OUT/record.json, too.
+@dataclass
+class Session:
+    """A run that is ready to take its steps."""
 
-    Raises UserError on every rank, or an OwnFault on the one that alone knows what went wrong.
-    """
-    started = time.perf_counter()
-    images, order, network = prepare(config, ranks)
-    with ranks.together():
-        sets = open_pairs(config)
-    about: dict[str, Any] = {"ranks": ranks.count, "device": ranks.device.type, "images": len(images.images)}
-    about |= {"classes": images.classes, "labels": images.labels, **config.decisive()}
-    snapshots = Snapshots(out / "snapshots", about, config.keep_snapshots, ranks)
-    first = _first(snapshots, network, ranks, resume=resume)
-    if first == order.steps and (out / "record.json").exists():
-        ranks.say("the run has all its steps already")
-        return dict(read_json(out / "record.json"))
-    with ranks.together():
-        logs = Logs(out, first, config.tensorboard) if ranks.rank == 0 else None
-    ranks.say(
-        f"{config.loss}, {config.backbone}: {len(images.images):,} images of {images.classes:,} classes, "
-        f"steps {first:,} … {order.steps:,}, {order.an_epoch:,} an epoch, on {ranks.count} ranks ({ranks.device.type})"
-    )
-    feed = Feed(config, images.images, order, ranks, first)
-    pace = Pace(config, feed)
-    # of a run that was stopped between its last snapshot and its record
-    figures = verify(network, sets) if first == order.steps else {}
-    values: dict[str, float] = logs.last() if logs else {}
-    window: list[tuple[Tensor, Tensor | None]] = []  # of the steps since the last log step, still on the device
-    bar = tqdm(
-        total=order.steps, initial=first, desc=config.loss, unit="step", leave=False,
-        disable=True if ranks.rank else None,
-    )  # fmt: skip
-    for step in range(first, order.steps):
-        lr = rate(config, step, order.steps, order.an_epoch)
-        network.head.t = emphasis(config, step, order.an_epoch)
-        window.append(network.step(feed, step, lr))
-        done = step + 1
-        last, snapshot = done == order.steps, done % config.snapshot_every == 0
-        if last or snapshot or done % config.log_every == 0:
-            losses = torch.stack([loss for loss, _ in window]).tolist()  # waits for the device
-            norms = [norm.item() for _, norm in window if norm is not None]
-            window.clear()
-            _check(losses, done, lr, config)
-            values = {"epoch": step // order.an_epoch, "loss": statistics.fmean(losses), "lr": lr}
-            values |= {"gradient_norm": max(norms)} if norms else {}
-            values |= pace.since(len(losses)) | {"bad_images": len(feed.bad)}
-            if logs:
-                logs.write(done, values)
-            bar.set_postfix(loss=f"{values['loss']:.3f}", images_per_s=f"{values['images_per_s']:.0f}")
-        bar.update()
-        if sets and (last or done % config.verify_every == 0):
-            with pace.apart("verify"):
-                figures = verify(network, sets)
-            if logs:
-                logs.write(done, figures)
-            bar.clear()
-            ranks.say(f"step {done:,}: " + ", ".join(f"{n} {100 * v:.2f} %" for n, v in figures.items()))
-        if last or snapshot:
-            with pace.apart("snapshot"):
-                snapshots.write(done, network.common_state(), network.own_state())
-    bar.close()
-    record = {
-        **_settings(config, images, order, network),
-        "metrics": figures,
-        "loss": values.get("loss"),
-        "pace": pace.summary(),
-        "bad_images": len(set().union(*ranks.gather(feed.bad))),
-        "resumed_from": first or None,
-        "provenance": provenance(started, str(ranks.device), config.threads),
-    }
-    with ranks.together():
-        if ranks.rank == 0:
-            if config.backbone in networks_large.BUILDERS:  # the small ones have no file of their own, see export
-                path = out / "backbone.safetensors"
-                export.save_backbone(path, network.backbone, config.backbone, config.embedding_dim)
-            write_json(out / "record.json", record)
-    if logs:
-        logs.close()
-    return record
+    config: TrainConfig
+    ranks: Ranks
+    task: tasks.Task
+    order: Order
+    network: Network
+    test: Test
 
+    def about(self) -> dict[str, Any]:
+        """What a run that goes on from a snapshot must share with it; the place of a set is not among it."""
+        train, settings = self.task.train, self.config.decisive()
+        about = {"ranks": self.ranks.count, "images": len(train), "classes": self.network.head.num_classes}
+        about |= {"labels": hashlib.sha256(np.ascontiguousarray(train.labels).tobytes()).hexdigest()}
+        del settings["data"]
+        return about | settings | {"device": self.ranks.device.type}
 
-def _settings(config: ScaleConfig, images: TrainingSet, order: Order, network: Network) -> dict[str, Any]:
-    settings = asdict(config)
-    sizes = {
-        "train_images": len(images.images),
-        "train_classes": images.classes,
-        "parameters": networks.parameter_count(network.backbone),
-        "ranks": order.ranks,
-        "steps": order.steps,
-    }
-    return {"config": settings, "config_hash": config_hash(settings), "sizes": sizes}
+    def sizes(self) -> dict[str, int]:
+        bad = self.ranks.gather(getattr(self.task.train, "bad", set()))
+        return {
+            "train_images": len(self.task.train),
+            "train_classes": self.network.head.num_classes,
+            "test_images": len(self.task.test),
+            "parameters": networks.parameter_count(self.network.backbone),
+            "ranks": self.ranks.count,
+            "steps": self.order.steps,
+            **({"bad_images": len(set().union(*bad))} if any(bad) else {}),
+            **self.task.sizes,
+        }
+
+    def steps(
+        self, first: int, progress: Any, snapshots: Snapshots | None, logs: Logs | None, *, keep_last: bool
+    ) -> tuple[Course, Pace]:
+        """Take the steps from `first` on, tests and snapshots in between; keep_last: a snapshot at the end, too."""
+        config, network, order, ranks = self.config, self.network, self.order, self.ranks
+        feed = Feed(config, self.task.train, order, ranks, first)
+        course, pace = Course(config, order, **progress), Pace(config, feed)
+        bar = tqdm(
+            total=order.steps, initial=first, desc=config.run_name(), unit="step", leave=False,
+            disable=True if ranks.rank else None,
+        )  # fmt: skip
+        for step in range(first, order.steps):
+            lr = rate(config, step, order.steps, order.an_epoch)
+            network.head.t, counted = emphasis(config, step, order.an_epoch)
+            course.add(lr, *network.step(feed, counted, lr, watch=step % order.an_epoch == 0))
+            done = step + 1
+            last, log = done == order.steps, done % config.log_every == 0
+            snapshot = done % config.snapshot_every == 0 or (last and keep_last)
+            if log or snapshot or last or done % order.an_epoch == 0:
+                course.look(done)
+            if log or last:
+                values = course.line() | pace.line(done - first) | {"bad_images": len(feed.bad)}
+                if logs:
+                    logs.write(done, values)
+                bar.set_postfix(loss=f"{values['loss']:.3f}", images_per_s=f"{values['images_per_s']:.0f}")
+            bar.update()
+            if config.test_every and done % config.test_every == 0 and not last:
+                with pace.apart("test"):
+                    tested = self.test.run()
+                bar.clear()
+                self.tell(done, tested, logs)
+            if snapshots and snapshot:
+                with pace.apart("snapshot"):
+                    snapshots.write(done, network, course.progress())
+        bar.close()
+        return course, pace
+
+    def tell(self, done: int, tested: Tested, logs: Logs | None) -> None:
+        """What a test found, into the log, and to who watches."""
+        if logs and tested.metrics:
+            logs.write(done, tested.metrics)
+            found = ", ".join(f"{name} {100 * value:.2f} %" for name, value in tested.metrics.items())
+            if self.config.test_every:
+                self.ranks.say(f"step {done:,}: {found}")
+
+    def write(self, record: dict[str, Any], features: dict[str, Any], out: Path, work: Path | None) -> None:
+        """The record last: where it is, what belongs to it is, too."""
+        if features:
+            write_atomic(out.with_suffix(".safetensors"), to_bytes(features))
+        if work and out.is_relative_to(work):
+            backbone, config = self.network.backbone, self.config
+            interchange.save_backbone(work / "backbone.safetensors", backbone, config.backbone, config.embedding_dim)
+        write_json(out, record)
 
 
-def _first(snapshots: Snapshots, network: Network, ranks: Ranks, *, resume: bool) -> int:
-    """The step to begin with, after the network got its state."""
+def _first(snapshots: Snapshots, network: Network, resume: str) -> tuple[int, dict[str, Any]]:
+    """The step to begin with and how far the curve is, after the network got its state."""
+    ranks, here = snapshots.ranks, display(snapshots.folder)
     with ranks.together():
         if ranks.rank == 0:
             try:
                 snapshots.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise explain_os_error(error, f"write {display(snapshots.folder)}") from None
+                raise explain_os_error(error, f"write {here}") from None
             snapshots.clear()
             if snapshots.steps() and not resume:
                 raise UserError(
-                    f"{display(snapshots.folder)} holds a run at step {snapshots.steps()[0]}: "
-                    "--resume goes on with it, another --out begins a new one"
+                    f"{here} holds a run at step {snapshots.steps()[0]}: --resume goes on with it, another --out "
+                    "begins a new one"
                 )
-    found = snapshots.read() if resume else None
+    try:
+        found = snapshots.read(despite_changes=resume == "despite changes") if resume else None
+    except UserError:
+        if resume != "same":
+            raise
+        found = None
+        shutil.rmtree(snapshots.folder)
     if found is None:
-        if resume:
-            ranks.say(f"{display(snapshots.folder)} holds no snapshot yet: beginning at step 0")
-        return 0
-    step, common, own = found
+        if resume in ("strict", "despite changes"):
+            ranks.say(f"{here} holds no snapshot yet: beginning at step 0")
+        return 0, {}
+    step, common, own, progress = found
     network.load(common, own)
-    ranks.say(f"going on from {display(snapshots.path(step))}")
-    return step
-
-
-def _check(losses: list[float], done: int, lr: float, config: ScaleConfig) -> None:
-    wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-    if wrong is not None:
-        raise UserError(
-            f"the loss became {losses[wrong]} at step {done - len(losses) + wrong + 1} with lr {lr:g}: {CURES}; "
-            "the snapshots before it stay"
-        )
-
-
-class Pace:
-    """Images a second of all ranks, and the share of time that rank 0 waited for data, between log steps. The first
-    window after a beginning counts for no summary: processes start in it, and kernels are chosen or compiled."""
-
-    def __init__(self, config: ScaleConfig, feed: Feed) -> None:
-        self.batch, self.feed = config.batch_size, feed
-        self.found: list[dict[str, float]] = []
-        self.others: dict[str, list[float]] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        self.started, self.waited = time.perf_counter(), self.feed.waited
-
-    @contextmanager
-    def apart(self, name: str) -> Iterator[None]:
-        """What is no training, and counts for itself."""
-        started = time.perf_counter()
-        yield
-        self.others.setdefault(f"{name}_s", []).append(time.perf_counter() - started)
-        self.restart()
-
-    def since(self, steps: int) -> dict[str, float]:
-        """Of the steps since the last call; the device must have done them."""
-        took = time.perf_counter() - self.started
-        values = {"images_per_s": steps * self.batch / took, "waiting": (self.feed.waited - self.waited) / took}
-        self.found.append(values)
-        self.restart()
-        return values
-
-    def summary(self) -> dict[str, float | None]:
-        """Medians over the windows, and of the seconds that a snapshot and a test took."""
-        counted = self.found[1:]
-        names = ("images_per_s", "waiting")
-        pace = {name: statistics.median(v[name] for v in counted) if counted else None for name in names}
-        return pace | {name: statistics.median(took) for name, took in self.others.items()}
+    if resume != "same":
+        ranks.say(f"going on from {display(snapshots.path(step))}")
+    return step, progress

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mvrepro import networks, networks_large
+from mvrepro import networks
 from mvrepro.errors import UserError
-from mvrepro.heads.margin import SETTINGS
+from mvrepro.heads.margin import SETTINGS, MarginHead
 from mvrepro.heads.sharded import ShardedHead
-from mvrepro.training.batches import Feed, normalised
-from mvrepro.training.config import ScaleConfig
+from mvrepro.training.batches import Batch, Feed, normalised
+from mvrepro.training.config import TrainConfig
 from mvrepro.training.ranks import Ranks
 
 # the argument's name from torch 2.13 on, and before
@@ -25,21 +25,27 @@ if SYNC_BUFFERS not in signature(DistributedDataParallel).parameters:
 
 
 class Network:
-    """What a run trains. The backbone is the same on all ranks; each holds its share of the classes.
+    """What a run trains, on images of `shape` (C, S, S). The backbone is the same on all ranks; each holds its share of
+    the classes.
 
     Raises UserError for unknown names and for arguments that the head refuses. Every rank must build it.
     """
 
-    def __init__(self, config: ScaleConfig, classes: int, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+    def __init__(self, config: TrainConfig, classes: int, shape: tuple[int, ...], ranks: Ranks) -> None:
+        self.config, self.ranks, self.shape = config, ranks, shape
         with ranks.together():
             torch.manual_seed(config.seed)
-            backbone = build_backbone(config)
+            backbone = networks.build(
+                config.backbone,
+                in_channels=shape[0],
+                image_size=shape[-1],
+                embedding_dim=config.embedding_dim,
+            )
             if config.sync_bn and ranks.count > 1:
                 if ranks.device.type == "cpu":
                     raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs")
                 backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
-            head = build_head(config, classes)
+            head = build_head(config, classes, ranks)
             # From here on each rank draws its own: dropout, sampled negatives.
             own = np.random.SeedSequence([config.seed, ranks.rank]).generate_state(1, np.uint64)
             torch.manual_seed(int(own[0]))
@@ -60,7 +66,7 @@ class Network:
                 self.backbone,
                 device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                **{SYNC_BUFFERS: False},  # type: ignore[arg-type] # batch norms use them in tests alone: see verify
+                **{SYNC_BUFFERS: False},  # type: ignore[arg-type] # batch norms use them in tests alone: see testing
             )
         self.forward: Any = self.ddp or self.backbone
         if config.compile:
@@ -76,10 +82,8 @@ class Network:
         if self.ranks.device.type == "cuda":
             drawn.append(torch.cuda.get_rng_state(self.ranks.device))
         buffers = [buffer.clone() for buffer in self.backbone.buffers()]
-        part = self.config.batch_size // self.ranks.count // self.config.accumulate
-        shape = (part, 3, self.config.image_size, self.config.image_size)
         self.backbone.train()
-        self.embed(torch.zeros(shape, dtype=torch.uint8, device=self.ranks.device)).sum().backward()
+        self.embed(torch.zeros((2, *self.shape), dtype=torch.uint8, device=self.ranks.device)).sum().backward()
         with torch.no_grad():
             for buffer, before in zip(self.backbone.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -91,15 +95,16 @@ class Network:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.bfloat16)
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D) float32, in training mode."""
+        """(B, C, S, S) uint8 -> (B, D) float32, in training mode."""
         with self.half():
             embeddings: Tensor = self.forward(normalised(images, self.config.channels_last))
         return embeddings.float()
 
-    def step(self, feed: Feed, number: int, lr: float) -> tuple[Tensor, Tensor | None]:
-        """One step of SGD, `number` counting from 0: the loss of the whole batch, the same on all ranks, and with
-        `clip` the norm of its gradient. Both scalars stay on the device, so that nothing waits for it."""
-        parts = self.config.accumulate
+    def step(self, feed: Feed, number: int, lr: float, *, watch: bool = False) -> tuple[Tensor, Tensor | None, Any]:
+        """One step of SGD, `number` counting from 0 as the head's warm-ups do: the loss of the whole batch, the same
+        on all ranks; with `clip` the norm of its gradient; and on request what the head sees of the first part before
+        the step (MarginHead.watch). The scalars stay on the device, so that nothing waits for it."""
+        parts, seen = self.config.accumulate, None
         self.backbone.train(), self.head.train()
         self.sgd.zero_grad()
         if self.head_sgd:
@@ -107,17 +112,20 @@ class Network:
         self.set_rate(lr)
         total = torch.zeros((), device=self.ranks.device)
         for part in range(parts):
-            images, labels = feed.next()
+            batch: Batch = feed.next()
             self.head.step.fill_(number)  # it counts calls, and warm-ups count steps
             with self.ddp.no_sync() if self.ddp and part < parts - 1 else nullcontext():
-                loss = self.head(self.embed(images), labels) / parts
+                embeddings = self.embed(batch.images)
+                if watch and part == 0:
+                    seen = self.head.watch(embeddings.detach(), batch.labels)
+                loss = self.head(embeddings, batch.labels) * batch.share
                 loss.backward()
             total += loss.detach()
         norm = self.clip() if self.config.clip else None
         self.sgd.step()
         if self.head_sgd:
             self.head_sgd.step()
-        return total, norm
+        return total, norm, seen
 
     def set_rate(self, lr: float) -> None:
         for sgd in filter(None, (self.sgd, self.head_sgd)):
@@ -129,21 +137,28 @@ class Network:
         """The norm of the gradient of backbone and all ranks' classes, before it is cut to config.clip."""
         common, own = ([p.grad for p in m.parameters() if p.grad is not None] for m in (self.backbone, self.head))
         classes = nn.utils.get_total_norm(own) ** 2
-        dist.all_reduce(classes)
+        if self.ranks.grouped:
+            dist.all_reduce(classes)
         norm = (nn.utils.get_total_norm(common) ** 2 + classes).sqrt()
         torch._foreach_mul_([*common, *own], (self.config.clip / (norm + 1e-6)).clamp(max=1))
         return norm
 
+    def full_weight(self) -> Tensor | None:
+        """(K, D) of all classes, on the CPU, on rank 0. Every rank must call it."""
+        if isinstance(self.head, ShardedHead):
+            return self.head.full_weight()
+        return self.head.weight.detach().cpu()
+
     def common_state(self) -> dict[str, Tensor]:
         """What is the same on all ranks (but for the running statistics of batch norms, of which rank 0's count)."""
         state = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
-        return state | {f"momentum.{name}": tensor for name, tensor in self._velocities(self.backbone, self.sgd)}
+        return state | {f"momentum.{name}": tensor for name, tensor in _velocities(self.backbone, self.sgd)}
 
     def own_state(self) -> dict[str, Tensor]:
         """What is this rank's: its classes, their momentum, the head's count of steps, the generators of numbers."""
         state = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         if self.head_sgd:
-            state |= {f"momentum.{name}": tensor for name, tensor in self._velocities(self.head, self.head_sgd)}
+            state |= {f"momentum.{name}": tensor for name, tensor in _velocities(self.head, self.head_sgd)}
         state["random.cpu"] = torch.get_rng_state()
         if self.ranks.device.type == "cuda":
             state["random.cuda"] = torch.cuda.get_rng_state(self.ranks.device)
@@ -151,56 +166,51 @@ class Network:
 
     def load(self, common: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         """What common_state and own_state gave."""
-        self.backbone.load_state_dict(_part(common, "backbone."))
-        self.head.load_state_dict(_part(own, "head."))
-        self._set_velocities(self.backbone, self.sgd, _part(common, "momentum."))
+        self.backbone.load_state_dict(part_of(common, "backbone."))
+        self.head.load_state_dict(part_of(own, "head."))
+        _set_velocities(self.backbone, self.sgd, part_of(common, "momentum."))
         if self.head_sgd:
-            self._set_velocities(self.head, self.head_sgd, _part(own, "momentum."))
+            _set_velocities(self.head, self.head_sgd, part_of(own, "momentum."))
         torch.set_rng_state(own["random.cpu"])
         if "random.cuda" in own:
             torch.cuda.set_rng_state(own["random.cuda"], self.ranks.device)
 
-    @staticmethod
-    def _velocities(module: nn.Module, sgd: torch.optim.SGD) -> list[tuple[str, Tensor]]:
-        found = [(name, sgd.state.get(p, {}).get("momentum_buffer")) for name, p in module.named_parameters()]
-        return [(name, velocity) for name, velocity in found if velocity is not None]
-
-    @staticmethod
-    def _set_velocities(module: nn.Module, sgd: torch.optim.SGD, velocities: dict[str, Tensor]) -> None:
-        parameters = dict(module.named_parameters())
-        for name, velocity in velocities.items():
-            parameter = parameters[name]
-            sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).detach().copy_(velocity)
+    def start_from(self, backbone: dict[str, Tensor], weight: Tensor) -> None:
+        """Begin with another run's weights; its loss may differ, and so may the number of its ranks."""
+        self.backbone.load_state_dict(backbone)
+        if isinstance(self.head, ShardedHead):
+            self.head.load_full_weight(weight)
+        else:
+            with torch.no_grad():
+                self.head.weight.copy_(weight)
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _velocities(module: nn.Module, sgd: torch.optim.SGD) -> list[tuple[str, Tensor]]:
+    found = [(name, sgd.state.get(p, {}).get("momentum_buffer")) for name, p in module.named_parameters()]
+    return [(name, velocity) for name, velocity in found if velocity is not None]
+
+
+def _set_velocities(module: nn.Module, sgd: torch.optim.SGD, velocities: dict[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    for name, velocity in velocities.items():
+        parameter = parameters[name]
+        sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).detach().copy_(velocity)
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, without that."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def build_backbone(config: ScaleConfig) -> nn.Module:
-    """By name, out of backbones_large (112×112) or backbones (any size)."""
-    if config.backbone in networks_large.BUILDERS:
-        if config.image_size != networks_large.SIDE:
-            raise UserError(f"{config.backbone} takes images of {networks_large.SIDE}×{networks_large.SIDE} pixels")
-        return networks_large.build(config.backbone, config.embedding_dim)
-    if config.backbone in networks.IRESNETS:
-        return networks.build(
-            config.backbone, in_channels=3, image_size=config.image_size, embedding_dim=config.embedding_dim
-        )
-    known = ", ".join([*networks_large.BUILDERS, *networks.IRESNETS])
-    raise UserError(f"unknown backbone {config.backbone!r}; known are: {known}")
-
-
-def build_head(config: ScaleConfig, classes: int) -> ShardedHead:
+def build_head(config: TrainConfig, classes: int, ranks: Ranks) -> MarginHead:
+    """With all classes, or with this rank's where there are several ranks or only a sample of the classes is seen."""
+    # labels are 0 … K − 1 by construction, and the loop looks at the loss itself
+    options = {name: getattr(config, name) for name in SETTINGS} | {"check": False}
     try:
-        return ShardedHead(
-            config.loss,
-            config.embedding_dim,
-            classes,
-            ddp=True,
-            sample_rate=config.sample_rate,
-            **{name: getattr(config, name) for name in SETTINGS},
-            check=False,  # labels are 0 … K − 1 by construction, and the loop looks at the loss itself
-        )
+        if ranks.grouped:
+            rate = config.sample_rate
+            return ShardedHead(config.loss, config.embedding_dim, classes, ddp=True, sample_rate=rate, **options)
+        backend = "fused" if config.update_in_backward else "auto"
+        return MarginHead(config.loss, config.embedding_dim, classes, backend=backend, **options)
     except ValueError as error:
         raise UserError(str(error)) from None

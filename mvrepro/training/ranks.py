@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from mvrepro.errors import UserError
 from mvrepro.heads.sharded import lost_contact
-from mvrepro.training.config import ScaleConfig
+from mvrepro.training.config import TrainConfig
+
+ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun sets them, and what a lone process is
 
 
 class OwnFault(UserError):
@@ -21,12 +23,14 @@ class OwnFault(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`. objects: the group for what isn't a tensor of the device."""
+    """This process among `count`. grouped: there is a process group; objects: the one for what isn't a tensor of the
+    device."""
 
     rank: int
     count: int
     device: torch.device
-    objects: dist.ProcessGroup | None
+    grouped: bool = False
+    objects: dist.ProcessGroup | None = None
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -34,8 +38,9 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on all ranks."""
-        values = [None] * self.count
-        dist.all_gather_object(values, value, group=self.objects)
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value, group=self.objects)
         return values
 
     @contextmanager
@@ -45,6 +50,8 @@ class Ranks:
         try:
             yield
         except UserError as error:
+            if self.count == 1:
+                raise
             fault = str(error)
         faults = self.gather(fault)
         if any(faults):
@@ -62,21 +69,52 @@ def speaks(error: UserError) -> bool:
     return isinstance(error, OwnFault) or os.environ.get("RANK", "0") == "0"
 
 
-def start(config: ScaleConfig) -> Ranks:
-    """Join the process group that torchrun announces, or be a group of one. Raises UserError."""
-    rank, count, local = (int(os.environ.get(name, value)) for name, value in ENVIRONMENT.items())
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise UserError("device 'cuda' can't be used: torch finds no GPU here")
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, and process {local} of it wants another")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[Ranks]:
+    """The ranks of this run, in the process group that torchrun announces; a lone process needs one for sampled
+    classes only. Errors of torch that a user can act on are UserErrors here."""
+    here = _start(config)
+    try:
+        with _explained(here):
+            yield here
+    finally:
+        if here.grouped:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, local: int | None = None) -> torch.device:
+    """ "auto" is the GPU where there is one. local: the number of this process on its machine, under torchrun."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and local is not None:
+            if device.index is not None:
+                raise RuntimeError("each rank finds its own GPU: say cuda")
+            if local >= torch.cuda.device_count():
+                raise RuntimeError(
+                    f"this machine has {torch.cuda.device_count()} GPUs, and process {local} of it wants one of its own"
+                )
+            device = torch.device("cuda", local)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _start(config: TrainConfig) -> Ranks:
+    rank, count, local = (_number(name, value) for name, value in ENVIRONMENT.items())
+    together = "RANK" in os.environ
+    device = pick_device(config.device, local if together else None)
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+    if not together and config.sample_rate == 1:
+        return Ranks(0, 1, device)
     timeout = timedelta(minutes=config.timeout)
     backend = "nccl" if cuda else "gloo"
     try:
-        if "RANK" in os.environ:
+        if together:
             dist.init_process_group(backend, timeout=timeout)
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]
@@ -84,14 +122,18 @@ def start(config: ScaleConfig) -> Ranks:
         objects = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     except (RuntimeError, ValueError) as error:
         raise OwnFault(f"rank {rank} of {count} could not join the others: {str(error).splitlines()[0]}") from None
-    return Ranks(rank, count, device, objects)
+    return Ranks(rank, count, device, True, objects)
 
 
-ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun sets them, and what a lone process is
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment says {name}={text!r}, which is no number: torchrun sets it, or leave it out")
+    return int(text)
 
 
 @contextmanager
-def explained(ranks: Ranks) -> Iterator[None]:
+def _explained(ranks: Ranks) -> Iterator[None]:
     """What torch says where memory ends, a rank is gone, and the like, as one message that says what to do."""
     try:
         yield

@@ -7,7 +7,8 @@ costs no run.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.images import photographs, small
-from mvrepro.images.small import Images
+from mvrepro.images import Images, Pairs, open_images, photographs, read_bin, small
 from mvrepro.protocols.verification import BINS
+from mvrepro.training.config import TrainConfig
 
 Judged = tuple[dict[str, float], dict[str, Any]]
 
@@ -29,39 +30,41 @@ DISTRACTORS = (10, 30, 100, 300, 1000, 3000)
 @dataclass(frozen=True)
 class Task:
     """train, test     the images of the loop and those to embed
-    judge           (embeddings (N, D) of test, class weights (K, D)) -> (metrics, evidence): shares in
+    judge           (embeddings (N, D) of test, class weights (K, D) or None) -> (metrics, evidence): shares in
                     [0, 1] by name, larger is better, and what reports need beside them (curves, counts a
                     person), as JSON
     impostor_pairs  how many the FPRs of the metrics are measured with; None: the task has no FPR (folds have none)
     sizes           what else is worth recording about the data, by name
+    features        whether judge gets the class weights, and the embeddings are kept beside the record (toys)
     """
 
     train: Images
     test: Images
-    judge: Callable[[NDArray[np.float32], NDArray[np.float32]], Judged]
-    impostor_pairs: int | None
-    sizes: dict[str, int]
+    judge: Callable[[NDArray[np.float32], Any], Judged]
+    impostor_pairs: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    features: bool = False
 
 
 def orl(seed: int, image_size: int, train_people: int, fprs: tuple[float, ...]) -> Task:
     """ORL faces: people-disjoint; TPR at each FPR over all pairs of the people that training never saw."""
     train, test = small.split_people(small.orl(image_size), train_people, seed)
 
-    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
-        return _tprs(protocols.all_pairs(embeddings, test.ids, fprs)), {}
+    def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
+        return _tprs(protocols.all_pairs(embeddings, test.labels, fprs)), {}
 
-    return Task(train, test, judge, protocols.impostor_pairs(test.ids), {})
+    return Task(train, test, judge, protocols.impostor_pairs(test.labels))
 
 
 def digits(seed: int) -> Task:
     """Digits, for the toy geometry: the accuracy of the nearest class weight on images held out."""
     train, test = small.split_images(small.digits(), 0.25, seed)
 
-    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
+    def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
         nearest = (_unit(embeddings) @ _unit(weights).T).argmax(1)
-        return {"accuracy": float(np.mean(nearest == test.ids))}, {}
+        return {"accuracy": float(np.mean(nearest == test.labels))}, {}
 
-    return Task(train, test, judge, None, {})
+    return Task(train, test, judge, features=True)
 
 
 def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
@@ -73,7 +76,7 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
     pairs = photographs.lfw_pairs(photographs.folder("lfw") / "pairs.txt", test.names)
     trials = protocols.blufr_trials(test.names.tolist(), photographs.folder("lfw") / "blufr")
 
-    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
+    def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
         ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
         evidence: dict[str, Any] = {}
         metrics, evidence["lfw"] = _kfold("lfw", ours, pairs)
@@ -95,7 +98,7 @@ def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
     train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
     pairs = {kind: photographs.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
 
-    def judge(embeddings: NDArray[np.float32], weights: NDArray[np.float32]) -> Judged:
+    def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
         ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
         metrics: dict[str, float] = {}
         evidence: dict[str, Any] = {}
@@ -108,16 +111,97 @@ def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
     return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
 
 
-TASKS: dict[str, Callable[..., Task]] = {"orl": orl, "digits": digits, "lfw": lfw, "cfp": cfp}
-REMOVALS = ("overlap", "others")
+class Synthetic:
+    """K classes of ten images (3, size, size) of noise that follows from their number. Nothing is stored."""
+
+    classes = names = None
+
+    def __init__(self, classes: int, size: int) -> None:
+        self.size, self.labels = size, np.arange(10 * classes, dtype=np.int64) % classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        noise = [np.random.Generator(np.random.PCG64(int(i))).bytes(3 * self.size**2) for i in rows]
+        return np.frombuffer(b"".join(noise), np.uint8).reshape(len(rows), 3, self.size, self.size)
 
 
-def load(name: str, **settings: Any) -> Task:
-    """A task by its name, from those of the settings that it depends on. Raises UserError with the known names."""
-    if name not in TASKS:
-        raise UserError(f"unknown data {name!r}; known are: {', '.join(TASKS)}")
-    task = TASKS[name]
-    return task(**{setting: settings[setting] for setting in inspect.signature(task).parameters})
+def synthetic(synthetic_classes: int, image_size: int, verify: tuple[str, ...]) -> Task:
+    """Random images, to measure with."""
+    return _verified(Synthetic(synthetic_classes, image_size), verify, image_size)
+
+
+def at_path(data: str, image_size: int, renumber: bool, bad_limit: int, verify: tuple[str, ...]) -> Task:
+    """Trains on a set of one's own, in any of the formats of mvrepro.images; tests on InsightFace's pair sets."""
+    train = open_images(data, renumber=renumber, size=image_size, bad_limit=bad_limit)
+    return _verified(train, verify, image_size)
+
+
+class _Joined:
+    """Sets of images one after the other."""
+
+    classes = names = None
+
+    def __init__(self, sets: list[Images], size: int) -> None:
+        self.sets, self.starts, self.none = sets, np.cumsum([0, *map(len, sets)]), np.empty((0, 3, size, size), np.uint8)
+        self.labels = np.zeros(int(self.starts[-1]), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        which = np.searchsorted(self.starts, rows, "right") - 1
+        parts = [self.sets[i].read(rows[which == i] - self.starts[i]) for i in np.unique(which)]
+        return np.concatenate([self.none, *parts])
+
+
+def _verified(train: Images, verify: tuple[str, ...], size: int) -> Task:
+    """Tested on pair sets, by their files' names: accuracy over ten folds, and its standard deviation."""
+    sets: dict[str, tuple[Images, Pairs]] = {}
+    for path in map(Path, verify):
+        if path.stem in sets:
+            raise UserError(f"--verify: two sets are called {path.stem}")
+        sets[path.stem] = read_bin(path, size=size)
+        pairs = sets[path.stem][1]
+        try:
+            protocols.kfold_accuracy(np.arange(float(len(pairs))), pairs.same, pairs.folds)
+        except ValueError as error:
+            raise UserError(f"{path}: ten folds can't be made of its {len(pairs)} pairs: {error}") from None
+
+    def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
+        metrics, start = {}, 0
+        for name, (images, pairs) in sets.items():
+            own = embeddings[start : start + len(images)]
+            scores = protocols.pair_cosines(own, pairs.left, pairs.right)
+            found = protocols.kfold_accuracy(scores, pairs.same, pairs.folds)
+            metrics |= {name: found.mean, f"{name} std": found.std}
+            start += len(images)
+        return metrics, {}
+
+    return Task(train, _Joined([images for images, _ in sets.values()], size), judge)
+
+
+TASKS: dict[str, Callable[..., Task]] = {"orl": orl, "digits": digits, "lfw": lfw, "cfp": cfp, "synthetic": synthetic}
+
+
+def load(config: TrainConfig) -> Task:
+    """The task of a config, from those of its settings that it depends on. Raises UserError with the known names, and
+    where a test has too few impostor pairs for an FPR."""
+    if config.data not in TASKS and not Path(config.data).exists():
+        known = ", ".join(TASKS)
+        raise UserError(f"unknown data {config.data!r}; known are: {known}; and there is no such file or folder")
+    build = TASKS.get(config.data, at_path)
+    task = build(**{setting: getattr(config, setting) for setting in inspect.signature(build).parameters})
+    if task.impostor_pairs is not None:
+        try:
+            protocols.check_fprs(task.impostor_pairs, config.fprs)
+        except ValueError as error:
+            raise UserError(
+                f"fprs of data {config.data!r}: {error}; test with more people, or set larger fprs in params.yaml, "
+                f"{config.profile}.train"
+            ) from None
+    return task
 
 
 def _beside(

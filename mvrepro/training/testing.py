@@ -1,76 +1,77 @@
-"""Accuracy on InsightFace's pair sets while training, by the protocol of mvrepro.protocols.kfold_accuracy."""
+"""The test of a network that is being trained: embeddings of the task's images, and what the task makes of them."""
 
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mvrepro import networks, protocols
+from mvrepro import networks
 from mvrepro.errors import UserError
-from mvrepro.images import Pairs, decode, read_bin
 from mvrepro.training.batches import normalised
-from mvrepro.training.config import ScaleConfig
+from mvrepro.training.logs import CURES, Diverged
 from mvrepro.training.network import Network
+from mvrepro.training.tasks import Task
 
-BLOCK = 256  # images decoded at once
-
-
-def open_pairs(config: ScaleConfig) -> dict[str, Pairs]:
-    """The sets by their files' names. Raises UserError for what is none, and for sets that can't be judged."""
-    sets: dict[str, Pairs] = {}
-    for path in map(Path, config.verify):
-        if path.stem in sets:
-            raise UserError(f"--verify: two sets are called {path.stem}")
-        sets[path.stem] = pairs = read_bin(path)
-        try:
-            protocols.kfold_accuracy(np.arange(float(len(pairs))), pairs.same, pairs.folds)
-        except ValueError as error:
-            raise UserError(f"{path}: ten folds can't be made of its {len(pairs)} pairs: {error}") from None
-        _decode(pairs, path.stem, range(1), config.image_size)
-    return sets
+BLOCK = 256  # images embedded at once
 
 
-def verify(network: Network, sets: dict[str, Pairs]) -> dict[str, float]:
-    """name -> accuracy, and "name std" over the folds. Every rank calls it, embeds its share of the images, and gets
-    the same figures. Neither weights nor random numbers change."""
-    ranks, config = network.ranks, network.config
-    for buffer in network.backbone.buffers():  # rank 0's running statistics are those that are saved
-        dist.broadcast(buffer, 0)
-    figures: dict[str, float] = {}
-    for name, pairs in sets.items():
-        mine = range(ranks.rank, len(pairs.images), ranks.count)
+class Tested(NamedTuple):
+    """metrics and evidence as tasks.Task.judge gives them; features: what a toy task's drawings need."""
+
+    metrics: dict[str, float]
+    evidence: dict[str, Any]
+    features: dict[str, Tensor]
+
+
+class Test:
+    """Of one run: every rank embeds its share of the images, read and decoded once, and rank 0 judges."""
+
+    def __init__(self, task: Task, network: Network) -> None:
+        self.task, self.network = task, network
+        ranks = network.ranks
+        self.rows = np.arange(ranks.rank, len(task.test), ranks.count)
         with ranks.together():
-            parts = [np.empty((0, config.embedding_dim), np.float32)]
-            for start in range(0, len(mine), BLOCK):
-                images = _decode(pairs, name, mine[start : start + BLOCK], config.image_size).to(ranks.device)
+            self.pixels = task.test.read(self.rows)
+
+    def run(self) -> Tested:
+        """The same on all ranks, which all call it. Neither weights nor random numbers change. Raises UserError where
+        the network gives no directions any more."""
+        network, task = self.network, self.task
+        ranks, config = network.ranks, network.config
+        if ranks.count > 1:
+            for buffer in network.backbone.buffers():  # rank 0's running statistics are those that are saved
+                dist.broadcast(buffer, 0)
+        parts = [np.empty((0, config.embedding_dim), np.float32)]
+        with ranks.together():
+            for start in range(0, len(self.pixels), BLOCK):
+                images = torch.from_numpy(self.pixels[start : start + BLOCK]).to(ranks.device)
                 with network.half():
                     pixels = normalised(images, config.channels_last)
                     parts.append(networks.embed(network.backbone, pixels, mirror=config.flip).numpy())
-        embeddings = np.empty((len(pairs.images), config.embedding_dim), np.float32)
+        embeddings = np.empty((len(task.test), config.embedding_dim), np.float32)
         for rank, rows in enumerate(ranks.gather(np.concatenate(parts))):
             embeddings[rank :: ranks.count] = rows
-        left = np.arange(0, len(embeddings), 2)
-        try:
-            result = protocols.kfold_accuracy(
-                protocols.pair_cosines(embeddings, left, left + 1), pairs.same, pairs.folds
-            )
-        except ValueError as error:
-            raise UserError(f"{name} can't be judged, the network gives no directions any more: {error}") from None
-        figures |= {name: result.mean, f"{name} std": result.std}
-    return figures
+        weight = network.full_weight() if task.features else None
+        found = Tested({}, {}, {})
+        with ranks.together():
+            if ranks.rank == 0:
+                found = judge(task, embeddings, weight)
+        return Tested(*ranks.gather(found[:2])[0], found.features)
 
 
-def _decode(pairs: Pairs, name: str, numbers: range, size: int) -> Tensor:
-    images: list[Any] = []
-    for i in numbers:
-        try:
-            pixels = decode(pairs.images[i])
-        except ValueError as error:
-            raise UserError(f"{name}: image {i} does not decode: {error}") from None
-        if pixels.shape[1:] != (size, size):
-            raise UserError(f"{name}: image {i} has {pixels.shape[2]}×{pixels.shape[1]} pixels, expected {size}×{size}")
-        images.append(pixels)
-    return torch.from_numpy(np.stack(images))
+def judge(task: Task, embeddings: NDArray[np.float32], weight: Tensor | None) -> Tested:
+    """(N, D) embeddings of the task's test images, and where it wants them (K, D) class weights."""
+    if not np.isfinite(embeddings).all():
+        raise Diverged(f"the last step left no numbers in the network: {CURES}; no record was written")
+    try:
+        metrics, evidence = task.judge(embeddings, None if weight is None else weight.numpy())
+    except ValueError as error:
+        raise UserError(f"the test can't be judged, the network gives no directions any more: {error}") from None
+    features = {}
+    if weight is not None:
+        ids = torch.from_numpy(np.asarray(task.test.labels))
+        features = {"features": torch.from_numpy(embeddings), "ids": ids, "weights": weight}
+    return Tested(metrics, evidence, features)

@@ -16,9 +16,10 @@ from PIL import Image
 from mvrepro import images
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
-from mvrepro.training.batches import Order, coins
-from mvrepro.training.config import ScaleConfig, check, emphasis, rate
+from mvrepro.training.batches import Order
+from mvrepro.training.config import TrainConfig, check, emphasis, rate
 from mvrepro.training.logs import Logs
+from mvrepro.training.ranks import joined
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,21 +30,22 @@ def words(text):
 
 SMALL = words(
     "--backbone iresnet-tiny --image-size 16 --embedding-dim 8 --batch-size 24 --lr 0.05 --loss MV-AM-Softmax-a "
-    "--device cpu --deterministic --log-every 5 --snapshot-every 4 --workers 0"
+    "--device cpu --milestones --deterministic --log-every 5 --snapshot-every 4 --workers 0 --epochs 12"
 )
-SET = ["--synthetic-classes", "30"]  # 300 images, 12 steps an epoch
+SET = ["--data", "synthetic", "--synthetic-classes", "30"]  # 300 images, 12 steps an epoch
 pytestmark = pytest.mark.xdist_group("scale")  # the processes of two tests at once are too many
 
 
 def settings(**changes):
     base = {"loss": "Softmax", "backbone": "iresnet-tiny", "embedding_dim": 8, "epochs": 3, "batch_size": 12, "lr": 1.0}
-    return ScaleConfig(**base | {"milestones": (1, 2), "synthetic_classes": 5} | changes)
+    base |= {"profile": "paper", "data": "synthetic", "milestones": (1, 2), "synthetic_classes": 5}
+    return TrainConfig(**base | changes)
 
 
 def worker(*runs):
-    """[(codes, stdouts, stderrs)] of the runs, see scale_worker.py; nobody may ever show a traceback."""
+    """[(codes, stdouts, stderrs)] of the runs, see ranks_worker.py; nobody may ever show a traceback."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "scale_worker.py")],
+        [sys.executable, str(ROOT / "tests" / "ranks_worker.py")],
         input=json.dumps(runs), capture_output=True, text=True, timeout=120, check=False,
         env=environment(1) | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
@@ -54,7 +56,7 @@ def worker(*runs):
 
 
 def run(out, *arguments, ranks=1, kill=None, data=SET):
-    line = [*SMALL, *data, "--out", out, *arguments]
+    line = ["--profile", "paper", *SMALL, *data, "--out", out, *arguments]
     return {"ranks": ranks, "arguments": list(map(str, line)), "kill": kill}
 
 
@@ -156,14 +158,14 @@ def faces(tmp_path_factory):
         path.write_bytes(png(i))
     (root / "people" / "p1" / "13.png").write_bytes(b"none")
     same = np.arange(20) % 2 == 0
-    images = [png(100 + i // 2 if same[i // 2] else 200 + i) for i in range(40)]
-    images.write_bin(root / "pairs.bin", images.Pairs(images, same))
+    contents = [png(100 + i // 2 if same[i // 2] else 200 + i) for i in range(40)]
+    images.write_bin(root / "pairs.bin", contents, same)
     images.write_rec(root / "rec" / "train.rec", images.open_images(root / "people"))
     return root
 
 
 def test_from_files_to_a_verified_record(tmp_path, faces):
-    options = ["--steps", "10", "--verify", faces / "pairs.bin", "--verify-every", "4"]
+    options = ["--steps", "10", "--verify", faces / "pairs.bin", "--test-every", "4"]
     folder, rec, limit = ["--data", faces / "people"], ["--data", faces / "rec"], ["--bad-limit", "0"]
     one, two, resumed, (codes, _, errors) = worker(
         run(tmp_path / "folder", *options, "--workers", "2", data=folder),
@@ -176,12 +178,12 @@ def test_from_files_to_a_verified_record(tmp_path, faces):
     for name in ("folder", "rec"):
         record = json.loads((tmp_path / name / "record.json").read_text())
         assert record["metrics"]["pairs"] > 0.9  # the same image twice is easy
-        assert record["bad_images"] == 1 and record["sizes"]["train_classes"] == 6
+        assert record["sizes"]["bad_images"] == 1 and record["sizes"]["train_classes"] == 6
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "pairs" in line] == [4, 8, 10]
         assert all(line["images_per_s"] > 0 and 0 <= line["waiting"] <= 1 for line in lines if "loss" in line)
     spoken = [text for text in errors if "1 images don't decode, more than the limit of 0" in text]
-    assert set(codes) == {1} and len(spoken) == 1 and spoken[0].startswith("mvrepro scale: rank ")
+    assert set(codes) == {1} and len(spoken) == 1 and spoken[0].startswith("mvrepro train: rank ")
 
 
 def test_bad_input_is_one_readable_message(tmp_path, faces):
@@ -190,6 +192,7 @@ def test_bad_input_is_one_readable_message(tmp_path, faces):
     (tmp_path / "wrong.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
     source = images.open_images(faces / "people")
     images.write_rec(tmp_path / "holes" / "train.rec", images.Without(source, np.array([2, 3])))
+    PEOPLE = ["--data", faces / "people"]
     cases = [
         ("unknown loss 'Hardmax'; known are: Softmax", 1, ["--loss", "Hardmax"], SET),
         ("unknown backbone 'vit'; known are: iresnet-18", 1, ["--backbone", "vit"], SET),
@@ -199,15 +202,15 @@ def test_bad_input_is_one_readable_message(tmp_path, faces):
         ("--update-in-backward and --accumulate exclude", 1, ["--update-in-backward", "--accumulate", "2"], SET),
         ("--update-in-backward and --clip exclude", 1, ["--update-in-backward", "--clip", "1"], SET),
         ("--tensorboard needs an extra", 1, ["--tensorboard"], SET),
-        ("--overhead must be a number of rounds >= 1, got 0", 1, ["--overhead", "0"], SET),
         ("unknown profile 'huge'", 1, ["--profile", "huge"], SET),
-        ("exactly one of --data and --synthetic-classes", 1, [], []),
-        ("2 classes can't be spread over 3 ranks", 3, ["--batch-size", "6"], ["--synthetic-classes", "2"]),
-        ("no such file or folder", 2, [], ["--data", tmp_path / "nowhere"]),
+        ("lacks data", 1, [], []),
+        ("--data synthetic and --synthetic-classes K belong together", 1, [], ["--data", "synthetic"]),
+        ("2 classes can't be spread over 3 ranks", 3, ["--batch-size", "6"], [*SET[:-1], "2"]),
+        ("there is no such file or folder", 2, [], ["--data", tmp_path / "nowhere"]),
         ("expected a folder for each person, found none", 2, [], ["--data", tmp_path / "empty"]),
         ("have no image: 2–3; ask for the ids to be renumbered (--renumber)", 1, [], ["--data", tmp_path / "holes"]),
-        ("60 images don't fill one batch of 62", 1, ["--batch-size", "62"], ["--data", faces / "people"]),
-        ("16×16 pixels, expected 32×32", 1, ["--image-size", "32"], ["--data", faces / "people"]),
+        ("batch_size 62 of 60 images over 1 ranks in 31 parts", 1, words("--batch-size 62 --accumulate 31"), PEOPLE),
+        ("16×16 pixels, expected 32×32", 1, ["--image-size", "32"], PEOPLE),
         ("its pickle asks for os.system", 2, ["--verify", tmp_path / "wrong.bin"], SET),
         ("the loss became nan at step", 2, ["--lr", "1e30", "--steps", "6"], SET),
     ]
@@ -235,21 +238,14 @@ def test_gradients_over_ranks():
 def test_the_papers_number_of_classes_under_torchrun(tmp_path):
     """K = 72,690 on two ranks, as a user would start it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mvrepro"]
-    command += ["scale", *SMALL, "--synthetic-classes", "72690", "--steps", "3", "--out", str(tmp_path)]
+    command += ["train", "--profile", "paper", *SMALL, *SET[:-1], "72690", "--steps", "3", "--out", str(tmp_path)]
     command += ["--embedding-dim", "128", "--lr", "0.001"]
     where = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=os.environ | where, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["sizes"]["train_classes"] == 72690 and record["sizes"]["train_images"] == 726900
-    assert 25 < record["loss"] < 50  # about 30 at D = 512, whose cosines start nearer to 0
-
-
-def test_overhead(tmp_path):
-    ((codes, said, errors),) = worker(run(tmp_path, "--overhead", "3"))
-    assert codes == (0,), errors
-    record = json.loads((tmp_path / "overhead.json").read_text())
-    assert record["ratio"] > 0 and record["rounds"] == 3 and "images/s in the loop" in said[0]
+    assert 25 < record["curve"]["loss"][-1] < 50  # about 30 at D = 512, whose cosines start nearer to 0
 
 
 @pytest.mark.extra
@@ -275,9 +271,16 @@ def test_rate():
         check(settings(schedule="linear"))
 
 
-def test_a_start_from_the_margin_model():
+def test_lr_falls_by_one_tenth_after_the_other() -> None:
+    """As torch's MultiStepLR has it: a power of 0.1 has other last bits."""
+    assert [rate(settings(lr=0.3), step, 15, 5) for step in (4, 5, 14)] == [0.3, 0.3 * 0.1, 0.3 * 0.1 * 0.1]
+    assert 0.3 * 0.1 * 0.1 != 0.3 * 0.1**2
+
+
+def test_a_start_from_the_margin_model() -> None:
+    """Its warm-up of t begins when t does: t never jumps."""
     config = settings(loss="MV-AM-Softmax-a", t=0.3, margin_epochs=2)
-    assert [emphasis(config, step, 10) for step in (0, 19, 20, 29)] == [0.0, 0.0, 0.3, 0.3]
+    assert [emphasis(config, step, 10) for step in (0, 19, 20, 29)] == [(0.0, 0), (0.0, 0), (0.3, 0), (0.3, 9)]
     with pytest.raises(UserError, match="margin_epochs must be a number >= 0, got -1"):
         check(settings(margin_epochs=-1))
 
@@ -287,20 +290,43 @@ def test_order_is_a_function_of_seed_and_step():
     ranks = [list(Order(config, 50, rank, 3)) for rank in range(3)]
     assert all(len(places) == 3 * 4 * 2 for places in ranks)  # epochs, steps, parts
     for epoch in range(3):
-        seen = Counter(i for places in ranks for e, rows in places if e == epoch for i in rows.tolist())
-        assert set(seen.values()) == {1} and len(seen) == 48  # each image once; two of 50 fill no batch
+        parts = [part for places in ranks for part in places[8 * epoch : 8 * epoch + 8]]
+        seen = Counter(i for part in parts for i in part.rows.tolist())
+        assert set(seen.values()) == {1} and len(seen) == 48  # each image once; two of 50 are no batch for six pieces
+        assert {part.share for part in parts} == {0.5}
     resumed = Order(config, 50, 1, 3)
-    resumed.first = 5
-    for (e, rows), (f, others) in zip(resumed, ranks[1][10:], strict=True):
-        assert e == f and (rows == others).all()
+    for first in (5, 8, 11):
+        resumed.first = first
+        for one, other in zip(resumed, ranks[1][2 * first :], strict=True):
+            assert (one.rows == other.rows).all() and (one.mirrored == other.mirrored).all()
     other = list(Order(settings(accumulate=2, seed=1), 50, 1, 3))
-    assert any((a != b).any() for (_, a), (_, b) in zip(other, ranks[1], strict=True))
+    assert any((a.rows != b.rows).any() for a, b in zip(other, ranks[1], strict=True))
 
 
-def test_coins_are_fair_and_their_own():
-    rows = np.arange(20_000)
-    first = coins(0, 0, rows)
-    for other in (coins(0, 1, rows), coins(1, 0, rows)):
-        assert abs((first == other).mean() - 0.5) < 0.02  # 5 standard deviations
+def test_what_is_left_of_an_epoch_is_a_smaller_batch():
+    order = Order(settings(accumulate=2), 47, 0, 2)  # 12 a step, four pieces: 11 are left, in pieces of 3, 3, 3, 2
+    assert (order.an_epoch, order.sizes()) == (4, [12, 12, 12, 11])
+    ranks = [list(Order(settings(accumulate=2), 47, rank, 2)) for rank in range(2)]
+    assert [len(part.rows) for part in (*ranks[0][6:8], *ranks[1][6:8])] == [3, 3, 3, 2]
+    assert sorted(i for places in ranks for part in places[:8] for i in part.rows.tolist()) == list(range(47))
+    assert ranks[0][6].share + ranks[0][7].share == 1 and ranks[0][6].share == 6 / 11
+
+
+def test_mirroring_is_fair_and_its_own():
+    parts = list(Order(settings(batch_size=1000, epochs=2), 20_000))
+    first, second = (np.concatenate([p.mirrored for p in half])[np.argsort(np.concatenate([p.rows for p in half]))]
+                     for half in (parts[:20], parts[20:]))  # fmt: skip
+    other = np.concatenate([p.mirrored for p in Order(settings(batch_size=1000, epochs=1, seed=1), 20_000)])
+    for a, b in ((first, second), (first, other)):
+        assert abs((a == b).mean() - 0.5) < 0.02  # 5 standard deviations
     assert abs(first.mean() - 0.5) < 0.02 and abs((first[1:] == first[:-1]).mean() - 0.5) < 0.02
-    assert (coins(0, 0, rows[::-1])[::-1] == first).all()  # whatever batch a row is in
+    assert not any(p.mirrored.any() for p in Order(settings(flip=False), 50))
+
+
+def test_an_environment_that_torchrun_did_not_make(monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    with (
+        pytest.raises(UserError, match="the environment says RANK='x', which is no number: torchrun sets it"),
+        joined(settings()),
+    ):
+        pass

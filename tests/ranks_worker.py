@@ -1,4 +1,4 @@
-"""What tests/test_scale.py starts: runs of `python -m mvrepro scale`, each rank a fork of this process, which has torch
+"""What tests/test_ranks.py starts: runs of `python -m mvrepro train`, each rank a fork of this process, which has torch
 in memory already. Reads a list of runs as JSON, and prints a list of [exit code, stdout, stderr] a rank for each.
 
 A run is {"ranks": R, "arguments": […], "kill": [rank, where, n] or null}: SIGKILL at the n-th arrival there; or
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from mvrepro.__main__ import main
 from mvrepro.training import batches, checkpoint, loop, network, ranks
-from mvrepro.training.config import ScaleConfig
+from mvrepro.training.config import TrainConfig
 
 
 def die():
@@ -31,7 +31,7 @@ def trap(where, n):
         "step": (network.Network, "step"),
         "file": (checkpoint, "_save"),  # half of it is written then
         "manifest": (checkpoint, "write_json"),
-        "publish": (checkpoint.Snapshots, "_publish"),
+        "publish": (checkpoint, "_publish"),
         "remove": (checkpoint.shutil, "rmtree"),
         "record": (loop, "write_json"),
     }[where]
@@ -68,7 +68,7 @@ def rank(number, run, port, folder):
         trap(*run["kill"][1:])
     code = 70
     try:
-        code = globals()[run["check"]]() if "check" in run else main(["scale", *run["arguments"]])
+        code = globals()[run["check"]]() if "check" in run else main(["train", *run["arguments"]])
     except SystemExit as exit:
         code = exit.code
     except BaseException:
@@ -82,10 +82,10 @@ def build(**settings):
     """(network, feed) of small ones, on this rank."""
     base = {"loss": "MV-AM-Softmax-a", "backbone": "iresnet-tiny", "embedding_dim": 8, "epochs": 1, "batch_size": 24}
     base |= {"lr": 0.1, "milestones": (), "synthetic_classes": 30, "image_size": 16, "workers": 0, "device": "cpu"}
-    config = ScaleConfig(**base, **settings)
-    here = ranks.Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), None)
-    images, order, net = loop.prepare(config, here)
-    return net, batches.Feed(config, images.images, order, here)
+    config = TrainConfig(**base, **settings, profile="paper", data="synthetic")
+    here = ranks.Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), True)
+    session = loop.prepare(config, here)
+    return session.network, batches.Feed(config, session.task.train, session.order, here)
 
 
 def gradients(net):
@@ -115,13 +115,13 @@ def accumulation():
     net, feed = build(accumulate=2)
     single, _ = build(accumulate=2)
     _, same = build(accumulate=2)
-    loss, _ = net.step(feed, 0, 0.0)
+    loss, *_ = net.step(feed, 0, 0.0)
     losses, parts = [], []
     for _ in range(2):
         single.sgd.zero_grad(), single.head_sgd.zero_grad()
         single.head.step.fill_(0)
-        images, labels = same.next()
-        part = single.head(single.embed(images), labels)
+        batch = same.next()
+        part = single.head(single.embed(batch.images), batch.labels)
         part.backward()
         losses.append(part.detach())
         parts.append(gradients(single))

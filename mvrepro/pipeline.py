@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import runpy
 import shlex
 import signal
@@ -25,64 +24,55 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 from tqdm import tqdm
 
 from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
-from mvrepro.provenance import code_hash, code_parts, committed
-
-if TYPE_CHECKING:
-    from mvrepro.training.train import TrainConfig
+from mvrepro.provenance import TRAINING, code_hash, code_parts, committed
+from mvrepro.training.config import TrainConfig, from_settings
 
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
+AGAIN = "What was computed before is kept: the same command goes on from there."
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training, whose record goes to <folder>/<profile>/<name>.json."""
-
-    config: "TrainConfig"
-    folder: Path = RESULTS / "runs"
-    reads: ClassVar[tuple[Path, ...]] = ()
-
-    @property
-    def name(self) -> str:
-        return f"{self.config.profile}/{self.config.run_name()}"
-
-    @property
-    def writes(self) -> tuple[Path, ...]:
-        record = self.folder / f"{self.name}.json"
-        return (record, record.with_suffix(".safetensors")) if self.config.data == "digits" else (record,)
-
-    def source(self) -> list[Any]:
-        return [asdict(self.config), code_hash()]
-
-    def compute(self) -> None:
-        train(self.config, self.writes[0])
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of dvc.yaml: its command, the files, folders and parts of the code that it reads, and what it writes."""
+class Step:
+    """A run, or a stage of dvc.yaml: the files, folders and parts of the code that it reads, and what it writes."""
 
     name: str
-    command: str
     reads: tuple[Path, ...]
     parts: tuple[str, ...]
     writes: tuple[Path, ...]
+    command: str = ""  # of a stage
+    config: TrainConfig | None = None  # of a run
 
-    def source(self) -> list[Any]:
-        return [self.command, *map(code_hash, self.parts)]
+    def needs(self, other: "Step") -> bool:
+        """True where it reads what the other writes, or a folder around that or below."""
+        pairs = itertools.product(self.reads, other.writes)
+        return any(read == out or read in out.parents or out in read.parents for read, out in pairs)
+
+    def inputs(self) -> str:
+        """The hash of all that decides what it writes."""
+        settings = self.config.decisive() if self.config else self.command
+        versions = [platform.python_version(), version("torch"), version("numpy")]
+        inputs = [settings, versions, [code_hash(part) for part in self.parts], digest(self.reads)]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def compute(self) -> None:
-        """Run `python -m MODULE …` in this process, which has its libraries loaded."""
+        """Train the run, or call the stage's `python -m MODULE …`, in this process, where the libraries are loaded."""
+        if self.config:
+            from mvrepro.training import loop
+
+            loop.run(self.config, self.writes[0])
+            keep_committed(self.writes[0])
+            return
         sys.argv, said = shlex.split(self.command)[2:], io.StringIO()
         with contextlib.redirect_stderr(said):
             try:
@@ -92,38 +82,27 @@ class Stage:
                     raise UserError(said.getvalue().strip()) from None
 
 
-Step = Run | Stage
+def known() -> list[str]:
+    """The profiles that have runs."""
+    params = read_yaml(ROOT / "params.yaml")
+    return [name for name, section in params.items() if isinstance(section, dict) and "runs" in section]
 
 
-def train(config: "TrainConfig", out: Path) -> None:
-    """Train a run and write its record, with the hash of the code as it was before."""
-    from mvrepro.training.train import train_to_file
+def runs(profile: str, folder: Path = RESULTS / "runs", **changes: Any) -> list[Step]:
+    """The runs of a profile in the order of params.yaml, whose records go to <folder>/<profile>/<run_name>.json.
 
-    code = code_hash()
-    write_json(out, {**train_to_file(config, out), "code": code})
-    keep_committed(out)
-
-
-def make_config(settings: dict[str, Any]) -> "TrainConfig":
-    """Settings as JSON and YAML hold them, as a config. Raises TypeError where one is unknown or missing."""
-    from mvrepro.training.train import TrainConfig
-
-    return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-
-
-def wanted(profile: str) -> list[Run]:
-    """The runs of a profile in the order of params.yaml. Raises UserError where it makes no sense."""
-    section = read_yaml(ROOT / "params.yaml").get(profile, {})
-    if "runs" not in section:
-        raise UserError(f"params.yaml has no runs for the profile {profile!r}")
-    found = []
+    changes: settings other than there.
+    """
+    if profile not in known():
+        raise UserError(f"params.yaml lists no runs for the profile {profile!r}; known are: {', '.join(known())}")
+    section, found = read_yaml(ROOT / "params.yaml")[profile], []
     for grid in section["runs"]:
         for row in itertools.product(*map(_flat, grid.values())):
-            try:
-                config = make_config({"profile": profile, **section["train"], **dict(zip(grid, row, strict=True))})
-            except TypeError as error:
-                raise UserError(f"params.yaml, {profile}: {error}") from None
-            found.append(Run(config))
+            settings = {"profile": profile, **section["train"], **dict(zip(grid, row, strict=True)), **changes}
+            config = from_settings(settings, f"params.yaml, {profile}")
+            record = folder / profile / f"{config.run_name()}.json"
+            writes = (record, record.with_suffix(".safetensors")) if config.data == "digits" else (record,)
+            found.append(Step(f"{profile}/{config.run_name()}", (), TRAINING, writes, config=config))
     return found
 
 
@@ -131,24 +110,29 @@ def _flat(value: Any) -> list[Any]:
     return [inner for part in value for inner in _flat(part)] if isinstance(value, list) else [value]
 
 
-def lacking(runs: Sequence[Run]) -> dict[Run, str]:
-    """The runs that are not current, each with the reason."""
-    code = code_hash()
-    records = {c: made for profile in {run.config.profile for run in runs} for _, c, made in _records(profile)}
-    why = {run: "was made by other code" if run.config in records else "has no record" for run in runs}
-    return {run: reason for run, reason in why.items() if records.get(run.config) != code}
+def lacking(steps: Sequence[Step]) -> dict[str, str]:
+    """Name -> reason, for the runs among these that are not current."""
+    code, reasons = code_hash(), {}
+    for step in (s for s in steps if s.config):
+        record = read_json(step.writes[0]) if all(path.is_file() for path in step.writes) else None
+        if not record:
+            reasons[step.name] = "has no record"
+        elif not _holds(record, step.config):
+            reasons[step.name] = "was made with other settings"
+        elif record.get("code") != code:
+            reasons[step.name] = "was made by other code"
+    return reasons
 
 
-def _records(profile: str) -> Iterator[tuple[Path, "TrainConfig | None", str]]:
-    """(file, settings or None where they are not today's, hash of the code) of each record of a profile."""
-    for path in sorted((RESULTS / "runs" / profile).glob("*.json")):
-        record, config = read_json(path), None
-        with contextlib.suppress(TypeError):
-            config = make_config(record["config"])
-        yield path, config, record.get("code", "")
+def _holds(record: Any, config: TrainConfig | None) -> bool:
+    """Whether a record is of these settings; one that is newer than the record has its default there."""
+    try:
+        return bool(config and from_settings(record["config"], "").decisive() == config.decisive())
+    except UserError:
+        return False
 
 
-def stages() -> list[Stage]:
+def stages() -> list[Step]:
     """The stages of dvc.yaml, with every `foreach` written out: no command of DVC tells what a stage reads."""
     params, found = read_yaml(ROOT / "params.yaml"), []
     for name, body in read_yaml(ROOT / "dvc.yaml")["stages"].items():
@@ -157,109 +141,107 @@ def stages() -> list[Stage]:
         for key, item in (each if isinstance(each, dict) else dict(zip(each, each, strict=True))).items():
             values = {"key": key, "item": item}
             values |= {f"item.{field}": v for field, v in item.items()} if isinstance(item, dict) else {}
-            text = re.sub(r"\$\{([\w.]+)\}", lambda found, v=values: v[found[1]], json.dumps(body.get("do", body)))
+            text = json.dumps(body.get("do", body))
+            for place, value in values.items():
+                text = text.replace(f"${{{place}}}", str(value))
             stage = json.loads(text)
-            reads, writes = (tuple(ROOT / p for p in _names(stage.get(kind, []))) for kind in ("deps", "outs"))
-            parts = [p for entry in stage.get("params", []) for p in entry.get("results/code.json", [])]
-            found.append(Stage(f"{name}@{key}" if key else name, stage["cmd"], reads, tuple(parts), writes))
+            reads, writes = (tuple(_paths(stage.get(kind, []))) for kind in ("deps", "outs"))
+            parts = [part for entry in stage.get("params", []) for part in entry.get("results/code.json", [])]
+            found.append(Step(f"{name}@{key}" if key else name, reads, tuple(parts), writes, stage["cmd"]))
     return found
 
 
-def _names(entries: list[Any]) -> list[str]:
-    """Those of dvc.yaml's paths, which stand alone or before their options: `path` or `{path: options}`."""
-    return [name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)]
+def _paths(entries: list[Any]) -> Iterator[Path]:
+    """In dvc.yaml a path stands alone or before its options: `path` or `{path: options}`."""
+    for entry in entries:
+        yield from (ROOT / path for path in ([entry] if isinstance(entry, str) else entry))
 
 
-def needs(step: Step, other: Step) -> bool:
-    """True where a step reads what the other writes, or a folder around it or below."""
-    pairs = itertools.product(step.reads, other.writes)
-    return any(read == out or read in out.parents or out in read.parents for read, out in pairs)
-
-
-def select(profile: str, notebook: str | None = None) -> tuple[list[Run], list[Stage]]:
+def select(profile: str, notebook: str | None = None) -> list[Step]:
     """The runs and stages of a profile, or of one of its notebooks, such as "04", with all that they need.
 
-    The claims are judged on every profile; what another one has is taken as it lies here. A measurement of time
-    is one machine's: only where the profile is "bench" is it taken anew.
+    The claims are judged on every profile, but what another one has is taken as it lies here; and a measurement of
+    time is one machine's, which only the profile "bench" takes anew.
     """
-    every, executed = stages(), RESULTS / "executed"
-    pages = {out: s for s in every for out in s.writes if out.parent.parent == executed}
-    others = {out.parent.name for out in pages} - {profile}
-    chosen = [s for out, s in pages.items() if out.parent.name == profile]
-    chosen += [s for s in every if s.name in (profile, f"runs@{profile}")]
+    every = stages()
+    pages = {out: s for s in every for out in s.writes if out.parent.parent == RESULTS / "executed"}
+    mine = {out.name[:2]: s for out, s in pages.items() if out.parent.name == profile}
+    chosen = [*mine.values(), *(s for s in every if s.name in (profile, f"runs@{profile}"))]
     if not chosen:
-        known = sorted({s.name.removeprefix("runs@") for s in every if s.name.startswith("runs@")})
-        raise UserError(f"profile {profile!r} has no stages in dvc.yaml; known are: {', '.join(known)}")
-    if notebook:
-        numbers = {out.name[:2]: s for out, s in pages.items() if out.parent.name == profile}
-        if notebook not in numbers:
-            raise UserError(f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(numbers))}")
-        chosen = [numbers[notebook]]
-    else:
-        chosen += [s for s in every if s.name == "claims"]
+        raise UserError(f"profile {profile!r} has no stages in dvc.yaml; known are: {', '.join(known())}")
+    if notebook and notebook not in mine:
+        raise UserError(f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(mine))}")
+    chosen = [mine[notebook]] if notebook else [*chosen, *(s for s in every if s.name == "claims")]
+    foreign = {RESULTS / kind / out.parent.name for out in pages for kind in ("figures", "runs", "values")}
+    foreign -= {RESULTS / kind / profile for kind in ("figures", "runs", "values")}
     for stage in chosen:  # which grows
-        behind = [s for s in every if s not in chosen and s.name != "bench" and needs(stage, s)]
-        chosen += [s for s in behind if not {p for out in s.writes for p in out.relative_to(RESULTS).parts} & others]
-    runs = [run for s in chosen if s.name.startswith("runs@") for run in wanted(s.name.removeprefix("runs@"))]
-    return runs, [s for s in every if s in chosen]
+        behind = [s for s in every if s not in chosen and s.name != "bench" and stage.needs(s)]
+        chosen += [s for s in behind if not {p for out in s.writes for p in (out, *out.parents)} & foreign]
+    names = [s.name for s in every if s in chosen]
+    trained = [run for name in names if name.startswith("runs@") for run in runs(name.removeprefix("runs@"))]
+    return trained + [s for s in every if s in chosen and not s.name.startswith("runs@")]
 
 
-def stale(runs: Sequence[Run], chosen: Sequence[Stage]) -> dict[str, str]:
-    """Name -> reason, for the runs and stages whose committed results don't belong to the files that are here."""
-    reasons = {run.name: f"the run {why}" for run, why in lacking(runs).items()}
+def stale(steps: Sequence[Step]) -> dict[str, str]:
+    """Name -> reason, for those whose committed results don't belong to the files that are here."""
+    reasons = lacking(steps)
     now, noted = code_parts(), read_json(CODE) if CODE.is_file() else {}
     states = json.loads(dvc("status", "--json"))
-    for stage in chosen:
-        texts = [f"the code of {part} changed" for part in stage.parts if now.get(part) != noted.get(part)]
-        for entry in states.get(stage.name, []):
-            texts += (
-                [f"{what}: {', '.join(where)}" for what, where in entry.items()] if isinstance(entry, dict) else [entry]
-            )
+    parts = {s.name: s.parts for s in steps if not s.config} | {f"runs@{p}": () for p in profiles(steps)}
+    for name in parts:
+        texts = [f"the code of {part} changed" for part in parts[name] if now.get(part) != noted.get(part)]
+        for entry in states.get(name, []):
+            texts += [f"{k}: {', '.join(v)}" for k, v in entry.items()] if isinstance(entry, dict) else [entry]
         if texts:
-            reasons[stage.name] = "; ".join(texts)
+            reasons[name] = "; ".join(texts)
     return reasons
+
+
+def profiles(steps: Sequence[Step]) -> list[str]:
+    """Whose runs are among these."""
+    return list(dict.fromkeys(s.config.profile for s in steps if s.config))
 
 
 def strays(profile: str) -> list[str]:
     """What is wrong with each file among a profile's results that nothing writes: pages read such runs, too."""
-    written = {path for stage in stages() for path in stage.writes if not stage.name.startswith("runs@")}
-    folders = [RESULTS / part / profile for part in ("executed", "figures", "values")]
-    found = [p for f in folders for p in sorted(f.rglob("*")) if p.is_file() and not p.name.startswith(TEMPORARY)]
-    unknown = [f"{display(p)} is written by no stage of dvc.yaml" for p in found if not written & {p, *p.parents}]
-    configs = {run.config for run in wanted(profile)}
-    for path, config, _ in _records(profile):
-        if config not in configs:
-            unknown.append(f"{display(path)} is no run of params.yaml, or one more record of the same")
-        configs.discard(config)
-    return [f"{what}: remove it" for what in unknown]
+    written = {out for s in stages() for out in s.writes if not s.name.startswith("runs@")}
+    written |= {out for run in runs(profile) for out in run.writes}
+    folders = [RESULTS / kind / profile for kind in ("executed", "figures", "runs", "values")]
+    unknown = [path for path in files(folders) if not written & {path, *path.parents}]
+    return [f"{display(path)} is written by nothing in params.yaml and dvc.yaml: remove it" for path in unknown]
+
+
+def write_code() -> None:
+    """Bring results/code.json up to date, on which all stages of dvc.yaml depend."""
+    if not CODE.is_file() or read_json(CODE) != code_parts():
+        write_json(CODE, code_parts())
 
 
 def dvc(*arguments: str) -> str:
-    """What a command of DVC prints. Raises UserError with what it says where it fails, as beside another one."""
-    command = [sys.executable, "-m", "dvc", *arguments]
-    settings = os.environ | {"DVC_NO_ANALYTICS": "1"}
+    """What a command of DVC prints. Raises UserError with its message where it fails, as beside another one."""
+    command, settings = [sys.executable, "-m", "dvc", *arguments], os.environ | {"DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"dvc {arguments[0]}: {done.stderr.strip()}")
     return done.stdout
 
 
-def accept(names: Sequence[str]) -> None:
-    """Tell DVC that these stages' results belong to the files that are here (dvc.lock)."""
-    if names:
-        dvc("commit", "-f", "-q", *names)
+def accept(steps: Sequence[Step]) -> None:
+    """Tell DVC (dvc.lock) that the results of these belong to the files that are here, where it doesn't know."""
+    waiting = stale(steps)
+    names = {s.name for s in steps if not s.config} | {f"runs@{p}" for p in profiles(steps)}
+    names -= {f"runs@{s.config.profile}" for s in steps if s.config and s.name in waiting}
+    if names & waiting.keys():
+        dvc("commit", "--force", "--quiet", *sorted(names & waiting.keys()))
 
 
 def mend_lock_file() -> None:
     """DVC writes dvc.lock in place: a kill in that moment leaves half of it. Take the committed one then."""
     path = ROOT / "dvc.lock"
-    try:
-        whole = not path.is_file() or isinstance(read_yaml(path), dict)
-    except UserError:
-        whole = False
-    if not whole:
-        before = committed(path)
-        path.unlink() if before is None else write_atomic(path, before)
+    with contextlib.suppress(UserError):
+        if not path.is_file() or isinstance(read_yaml(path), dict):
+            return
+    write_atomic(path, committed(path) or b"")
 
 
 class Memory:
@@ -267,35 +249,30 @@ class Memory:
 
     def __init__(self) -> None:
         self.known: dict[str, list[str]] = {}
-        if COMPUTED.is_file():
-            with contextlib.suppress(json.JSONDecodeError):
-                self.known = read_json(COMPUTED)
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            self.known = read_json(COMPUTED)
 
     def has(self, step: Step) -> bool:
         """True where the step was computed here from just this, and its outputs are still the same."""
-        return self.known.get(step.name) == [_inputs(step), _digest(step.writes)]
+        return self.known.get(step.name) == [step.inputs(), digest(step.writes)]
 
     def remember(self, step: Step) -> None:
-        self.known[step.name] = [_inputs(step), _digest(step.writes)]
+        self.known[step.name] = [step.inputs(), digest(step.writes)]
         write_json(COMPUTED, self.known)
 
 
-def _inputs(step: Step) -> str:
-    versions = [platform.python_version(), version("torch"), version("numpy")]
-    return hashlib.sha256(json.dumps([step.source(), versions, _digest(step.reads)]).encode()).hexdigest()
-
-
-def _digest(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
+def digest(paths: Sequence[Path]) -> str:
+    """The hash of the content of files and folders."""
+    found = hashlib.sha256()
     for file in files(paths):
-        digest.update(f"{display(file)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
+        found.update(f"{display(file)}\n".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
     """The files that these are or hold, without hidden ones."""
     found = [p for path in paths for p in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return [p for p in found if p.is_file() and not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+    return [p for p in found if p.is_file() and not p.name.startswith(".") and not p.parent.name.startswith(".")]
 
 
 @contextlib.contextmanager
@@ -321,28 +298,26 @@ def compute(
     """Compute steps side by side in processes that live on, in their order, each when what it needs is done; yields
     each as it ends. What was done stays done, whatever happens to the others.
 
-    skip: is asked about a step when it could begin; capped: with the settings of mvrepro.determinism.
-    Raises UserError when a step fails, when a process dies, and for a step whose code or files changed meanwhile.
+    skip: is asked of a step when it could begin; capped: with the settings of mvrepro.determinism.
+    Raises UserError when a step fails, when a process dies, and for steps whose inputs changed meanwhile.
     """
-    write_atomic(probe := RESULTS / ".writing-probe", b"")  # say at once, not after minutes, what can't be written
+    write_atomic(probe := RESULTS / f"{TEMPORARY}probe", b"")  # say at once, not after minutes, what can't be written
     probe.unlink()
     jobs = jobs or max(1, min(_cores(), MOST_JOBS))
-    behind = {step.name: {o.name for o in steps if o is not step and needs(step, o)} for step in steps}
+    behind = {step.name: {o.name for o in steps if o is not step and step.needs(o)} for step in steps}
     waiting, done, moved = list(steps), set[str](), list[str]()
     running: dict[Future[None], tuple[Step, str]] = {}
     bar, pool = tqdm(total=len(steps), unit="step", disable=None), _workers(jobs, capped)
     try:
         while waiting or running:
-            for step in [s for s in waiting if behind[s.name] <= done]:
-                if len(running) == jobs:
-                    break
+            for step in [s for s in waiting if behind[s.name] <= done][: jobs - len(running)]:
                 waiting.remove(step)
                 if skip(step):
                     done.add(step.name)
                     bar.update()
                 else:
-                    running[pool.submit(step.compute)] = step, _inputs(step)
-            finished, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())
+                    running[pool.submit(step.compute)] = step, step.inputs()
+            finished = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             # Those that failed last: what ended in the same instant is done and stays done.
             for future in sorted(finished, key=lambda f: f.exception() is not None):
                 step, before = running.pop(future)
@@ -351,27 +326,24 @@ def compute(
                 except UserError as error:
                     raise UserError(f"{step.name}: {error}\n{AGAIN}") from None
                 except BrokenProcessPool:
-                    names = ", ".join(sorted({step.name, *(s.name for s, _ in running.values())}))
-                    raise UserError(f"a process was killed, or ran out of memory, at one of {names}\n{AGAIN}") from None
+                    names = ", ".join([step.name, *(s.name for s, _ in running.values())])
+                    raise UserError(f"a process was killed, or ran out of memory, at {names}\n{AGAIN}") from None
                 done.add(step.name)
                 bar.update()
                 bar.set_postfix_str(step.name)
                 if bar.disable:
                     print(f"[{len(done)}/{len(steps)}] {step.name}", flush=True)
-                if _inputs(step) == before:
+                if step.inputs() == before:
                     yield step
                 else:
                     moved.append(step.name)
     finally:
-        for child in multiprocessing.active_children():  # none is at work where all went well
+        for child in multiprocessing.active_children():  # where all went well, none is at work
             child.terminate()
         pool.shutdown()
         bar.close()
     if moved:
-        raise UserError(f"what {', '.join(moved)} is computed from changed meanwhile: run the same command again")
-
-
-AGAIN = "What was computed before is kept: the same command goes on from there."
+        raise UserError(f"what {', '.join(moved)} is made from changed while it was: run the same command again")
 
 
 def _cores() -> int:
@@ -395,7 +367,13 @@ def _begin() -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent and parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def keep_committed(path: Path) -> None:

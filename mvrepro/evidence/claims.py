@@ -183,7 +183,13 @@ def _greater(claim: dict[str, Any], found: _Found) -> Judgement | None:
         return None
     e, p = found.estimates[claim["id"]]
     words = f"{100 * e.mean:+.2f} points [{100 * e.low:+.2f}, {100 * e.high:+.2f}], {e.n} seeds, adjusted p = {p:.2g}"
-    numbers = {"difference": e.mean, "low": e.low, "high": e.high, "seeds": e.n, "adjusted_p": p}
+    numbers: dict[str, float | int | None] = {
+        "difference": e.mean,
+        "low": e.low,
+        "high": e.high,
+        "seeds": e.n,
+        "adjusted_p": p,
+    }
     return NOT_REPRODUCED if not e.mean > 0 else REPRODUCED if p < 0.05 else QUALITATIVELY, words, numbers
 
 

@@ -1,9 +1,6 @@
 """`python -m mvrepro data`: fetch, prepare, inspect, overlap and convert sets of faces."""
 
 import argparse
-import io
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "the face of several: nearest the centre (LFW, CFP; default) or the largest (CelebA)"
     sub.add_argument("--pick", choices=["centre", "largest"], default="centre", help=text)
 
-    text = "how many photos that can't be read may be passed over (default: 100); passed_over.txt lists them"
-    sub.add_argument("--bad-limit", type=int, default=100, metavar="N", help=text)
-
     sub = add("inspect", "count images and people of a training set", "", _inspect)
     _set_argument(sub)
     sub.add_argument("--decode", action="store_true", help="decode every image, too, and name those that fail")
@@ -68,8 +62,6 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     return int(arguments.does(arguments))
 
 
@@ -85,14 +77,12 @@ def _fetch(arguments: argparse.Namespace) -> int:
 def _prepare(arguments: argparse.Namespace) -> int:
     from mvrepro.images.align import prepare
 
-    counts = prepare(arguments.raw, arguments.out, pick=arguments.pick, bad_limit=arguments.bad_limit)
+    counts = prepare(arguments.raw, arguments.out, pick=arguments.pick)
     print(
         f"{counts['aligned']:,} aligned, {counts['centre']:,} without a face (their centre was taken), "
         f"{counts['several faces']:,} with several faces, {counts['known']:,} were there; "
         f"see {arguments.out / 'landmarks.tsv'}"
     )
-    if "passed over" in counts:
-        print(f"{counts['passed over']:,} could not be read: see {arguments.out / 'passed_over.txt'}")
     return 0
 
 
@@ -110,7 +100,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
     low, middle, high = (int(f(present)) for f in (np.min, np.median, np.max))
     print(f"images a person: {low:,} at least, {middle:,} in the median, {high:,} at most")
     print(histogram(present))
-    _list("folders were passed over", source.passed_over)
     try:
         images.check_ids(labels, "class ids")
         print(f"class ids: 0 … {len(counts) - 1}, none without an image")
@@ -125,15 +114,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             bad.append(f"{source.where(i)}: {error}")
     print("sizes: " + ", ".join(f"{width}×{height}" for height, width in sorted(sizes)))
-    _list("images don't decode", bad)
-    if not bad:
-        print("every image decodes")
+    print("\n".join([f"{len(bad):,} images don't decode", *bad[:20]]) if bad else "every image decodes")
     return 1 if bad else 0
-
-
-def _list(what: str, lines: Sequence[str]) -> None:
-    if lines:
-        print("\n".join([f"{len(lines):,} {what}", *lines[:20]]))
 
 
 def histogram(counts: Any) -> str:
@@ -208,5 +190,4 @@ def _convert(arguments: argparse.Namespace) -> int:
     people = len(np.unique(source.labels()))
     left_out = f"; {len(removed):,} people were left out" if arguments.without else ""
     print(f"wrote {len(source):,} images of {people:,} people to {arguments.out}{left_out}")
-    _list("folders were passed over", source.passed_over)
     return 0

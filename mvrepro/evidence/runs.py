@@ -6,22 +6,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, ROOT, display, read_json, read_yaml
 from mvrepro.losses import LOSSES
 
-# Of `table`, before the metrics.
-COLUMNS = ["name", "variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim"]
+COLUMNS = ["variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim"]  # of `table`, before the metrics
 
 
 def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The records of all runs of a profile, sorted by their `name`, that of the file. Raises UserError for none."""
+    """The records of all runs of a profile, sorted by file name. Raises UserError where there are none."""
     here = folder / "runs" / profile
     paths = sorted(here.glob("*.json"))
     if not paths:
         raise UserError(f"no runs in {display(here)}: `make reproduce` makes them")
-    return [{"name": path.stem, **read_json(path)} for path in paths]
+    return [read_json(path) for path in paths]
 
 
 def default_t(profile: str) -> float:
@@ -33,7 +33,7 @@ def default_t(profile: str) -> float:
 
 
 def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
-    """One row a run: name (of its files), variant, loss, f, h, g, t (0 where the loss has no emphasis), default
+    """One row a run: variant, loss, f, h, g, t (0 where the loss has no emphasis), default
     (is t that of the profile, or 0?), seed, embedding_dim, and a column a metric (shares in [0, 1]); sorted by the
     order of LOSSES, then t, then seed.
 
@@ -47,7 +47,7 @@ def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.
     for config, record in chosen:
         f, h, g = (getattr(LOSSES[config["loss"]], part) for part in "fhg")
         default = not h or abs(config["t"] - usual) < 1e-9
-        values = config | {"name": record["name"], "f": f, "h": h or "–", "g": g or "–", "default": default}
+        values = config | {"f": f, "h": h or "–", "g": g or "–", "default": default}
         rows.append({column: values[column] for column in COLUMNS} | record["metrics"])
     order = {loss: place for place, loss in enumerate(LOSSES)}
     return pd.DataFrame(rows).sort_values(
@@ -66,6 +66,14 @@ def curves(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd
             part.insert(place, name, value)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
+
+
+def features(profile: str, folder: Path = RESULTS) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
+    """(record, arrays) of each run that keeps, beside its record, the features (N, D) of its test images, their ids
+    (N,) and its class weights (K, D); in the order of LOSSES, then of file names."""
+    paths = sorted((folder / "runs" / profile).glob("*.safetensors"))
+    found = [(read_json(path.with_suffix(".json")), load_file(path)) for path in paths]
+    return sorted(found, key=lambda each: list(LOSSES).index(each[0]["config"]["loss"]))
 
 
 def by_seed(frame: pd.DataFrame, metric: str, loss: str, t: float | None = None) -> pd.Series:

@@ -8,6 +8,7 @@ local, ignored file remembers.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -61,8 +62,7 @@ class Step:
     def inputs(self) -> str:
         """The hash of all that decides what it writes."""
         settings = self.config.decisive() if self.config else self.command
-        versions = [platform.python_version(), version("torch"), version("numpy")]
-        inputs = [settings, versions, [code_hash(part) for part in self.parts], digest(self.reads)]
+        inputs = [settings, _versions(), [code_hash(part) for part in self.parts], digest(self.reads)]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def compute(self) -> None:
@@ -80,6 +80,11 @@ class Step:
             except SystemExit as end:
                 if end.code:
                     raise UserError(said.getvalue().strip()) from None
+
+
+@functools.cache
+def _versions() -> list[str]:
+    return [platform.python_version(), version("torch"), version("numpy")]
 
 
 def known() -> list[str]:
@@ -228,11 +233,12 @@ def dvc(*arguments: str) -> str:
 
 def accept(steps: Sequence[Step]) -> None:
     """Tell DVC (dvc.lock) that the results of these belong to the files that are here, where it doesn't know."""
-    waiting = stale(steps)
-    names = {s.name for s in steps if not s.config} | {f"runs@{p}" for p in profiles(steps)}
-    names -= {f"runs@{s.config.profile}" for s in steps if s.config and s.name in waiting}
-    if names & waiting.keys():
-        dvc("commit", "--force", "--quiet", *sorted(names & waiting.keys()))
+    lack = lacking(steps)
+    names = {"code", *(s.name for s in steps if not s.config), *(f"runs@{p}" for p in profiles(steps))}
+    names -= {f"runs@{s.config.profile}" for s in steps if s.config and s.name in lack}
+    waiting = sorted(names & json.loads(dvc("status", "--json")).keys())
+    if waiting:
+        dvc("commit", "--force", "--quiet", *waiting)
 
 
 def mend_lock_file() -> None:
@@ -254,7 +260,7 @@ class Memory:
 
     def has(self, step: Step) -> bool:
         """True where the step was computed here from just this, and its outputs are still the same."""
-        return self.known.get(step.name) == [step.inputs(), digest(step.writes)]
+        return step.name in self.known and self.known[step.name] == [step.inputs(), digest(step.writes)]
 
     def remember(self, step: Step) -> None:
         self.known[step.name] = [step.inputs(), digest(step.writes)]
@@ -337,9 +343,11 @@ def compute(
                     yield step
                 else:
                     moved.append(step.name)
-    finally:
-        for child in multiprocessing.active_children():  # where all went well, none is at work
+    except BaseException:
+        for child in multiprocessing.active_children():
             child.terminate()
+        raise
+    finally:
         pool.shutdown()
         bar.close()
     if moved:
@@ -366,6 +374,7 @@ def _begin() -> None:
     with (LOCAL / "log").open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a process that is killed
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         others = [step for step in steps if step not in chosen and step.config]
         if result.same_bits:
             take(others)
-        pipeline.accept(steps)
+        pipeline.accept([step for step in steps if step.config or step in chosen])
     for line in result.different[:MOST_LINES]:
         print(f"  different: {line}")
     if len(result.different) > MOST_LINES:

@@ -64,7 +64,7 @@ def _tolerance(profile: str, steps: list[Step], count: int, jobs: int | None) ->
             old, new = chosen[step.name], read_json(step.writes[0])
             for metric, value in old["metrics"].items():
                 moves[metric].append(abs(new["metrics"][metric] - value))
-            moves["first loss"].append(abs(new["curve"]["loss"][0] / old["curve"]["loss"][0] - 1))
+            moves["first_loss"].append(abs(new["curve"]["loss"][0] / old["curve"]["loss"][0] - 1))
     for name, values in moves.items():
         print(f"{name}: at most {max(values):.2g}, {sum(values) / len(values):.2g} on average, in {len(values)} runs")
     return 0

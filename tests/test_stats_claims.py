@@ -10,12 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
+from mvrepro import pipeline
 from mvrepro.errors import UserError
-from mvrepro.evidence import claims, claims_table, published, runs
+from mvrepro.evidence import claims, published, runs
 from mvrepro.evidence.stats import bootstrap_people, detectable_difference, holm, mean_interval, paired_difference
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots, report
-from mvrepro.pipeline import Pipeline
 
 METRIC = "tpr@fpr=0.01"
 
@@ -143,9 +143,10 @@ def test_bootstrap_gives_genuine_and_impostor_pairs_half_each_and_draws_seeds():
 
 
 @pytest.fixture
-def add(tmp_path):
+def add(tmp_path, monkeypatch):
     """add(loss, [metric of seed 0, of seed 1, …], t): records of runs in tmp_path."""
     number = count()
+    monkeypatch.setattr(runs, "default_t", lambda profile: 0.2)
     (tmp_path / "runs" / "made-up").mkdir(parents=True)
 
     def write(loss, values, t=0.2, metric=METRIC, **settings):
@@ -202,6 +203,28 @@ def test_by_seed_takes_the_default_t_or_the_one_asked_for(add, tmp_path):
     assert runs.by_seed(frame, METRIC, "MV-AM-Softmax-f").to_dict() == {0: 0.7, 1: 0.8}
     assert runs.by_seed(frame, METRIC, "MV-AM-Softmax-f", 0.5).to_dict() == {0: 0.1, 1: 0.2}
     assert runs.by_seed(frame, METRIC, "Softmax").empty
+
+
+def test_the_default_run_is_that_of_the_profile_s_own_t(add, judge, tmp_path, monkeypatch):
+    """A profile with another t has its claims judged, too."""
+    monkeypatch.setattr(runs, "default_t", lambda profile: 0.35)
+    add("MV-AM-Softmax-f", [0.7, 0.8, 0.9], t=0.35)
+    add("MV-AM-Softmax-f", [0.1, 0.2, 0.3])
+    add("AM-Softmax", [0.5, 0.65, 0.7], t=0.1)
+    frame = runs.table("made-up", tmp_path)
+    assert frame[frame["default"]].groupby("loss")["t"].unique().explode().to_dict() == {
+        "AM-Softmax": 0.0,
+        "MV-AM-Softmax-f": 0.35,
+    }
+    assert runs.by_seed(frame, METRIC, "MV-AM-Softmax-f").to_dict() == {0: 0.7, 1: 0.8, 2: 0.9}
+    verdict = judge(greater(better="MV-AM-Softmax-f", worse="AM-Softmax"))["g"]
+    assert (verdict.verdict, verdict.numbers["seeds"]) == (claims.REPRODUCED, 3)
+
+
+def test_the_default_t_stands_in_the_settings_of_a_profile():
+    assert {runs.default_t(profile) for profile in pipeline.known()} == {0.2}
+    with pytest.raises(UserError, match=r"params.yaml, made-up.train: needs t"):
+        runs.default_t("made-up")
 
 
 def test_the_table_has_plain_runs_unless_it_is_asked_for_others(add, tmp_path):
@@ -333,10 +356,9 @@ def test_a_claim_is_judged_on_its_profiles_alone(add, judge):
 
 @pytest.mark.parametrize("profile", ["quick", "faces"])
 def test_the_command_of_every_claim_is_one_that_works(profile):
-    stages = Pipeline().stages
     for verdict in claims.evaluate(profile):
         named, notebook = re.fullmatch(r"make reproduce PROFILE=(\w+) NB=(\d\d)", verdict.command).groups()
-        assert f"{named}-{notebook}" in stages, verdict
+        assert pipeline.select(named, notebook), verdict
 
 
 def test_every_profile_with_claims_has_a_metric():
@@ -349,11 +371,11 @@ def test_every_profile_with_claims_has_a_metric():
 
 def test_the_table_of_claims_has_the_profiles_with_a_metric_and_runs(tmp_path, monkeypatch):
     """One of your own, too, in the order of claims.toml; without a metric (the toy) nothing is judged."""
-    monkeypatch.setattr(claims_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "metrics", lambda: {"quick": {}, "mine": {}, "faces": {}})
     for name in ("mine", "toy", "quick"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert claims_table.profiles() == ["quick", "mine"]
+    assert claims.profiles() == ["quick", "mine"]
 
 
 def test_greater_takes_the_default_t(add, judge):
@@ -396,20 +418,20 @@ def test_holm_can_take_a_verdict_away(add, judge):
     ],
 )
 def test_bound(tmp_path, judge, value, verdict):
-    (tmp_path / "values" / "made-up").mkdir(parents=True)
+    (tmp_path / "figures" / "made-up" / "04").mkdir(parents=True)
     record = {"values": {"error": value}}
-    (tmp_path / "values" / "made-up" / "derivations.json").write_text(json.dumps(record), encoding="utf-8")
+    (tmp_path / "figures" / "made-up" / "04" / "derivations.json").write_text(json.dumps(record), encoding="utf-8")
     found = judge({"id": "b", "rule": "bound", "value": "derivations:error", "bound": 1e-9})["b"]
     assert found.verdict == verdict
     assert found.numbers == {"value": value, "bound": 1e-9}
-    assert found.artifact == "results/values/made-up/derivations.json"
+    assert found.artifact == "results/figures/made-up/04/derivations.json"
 
 
 @pytest.mark.parametrize("content", [None, '{"values": {"other": 1.0}}'])
 def test_bound_without_its_value(tmp_path, judge, content):
-    (tmp_path / "values" / "made-up").mkdir(parents=True)
+    (tmp_path / "figures" / "made-up" / "04").mkdir(parents=True)
     if content:
-        (tmp_path / "values" / "made-up" / "derivations.json").write_text(content, encoding="utf-8")
+        (tmp_path / "figures" / "made-up" / "04" / "derivations.json").write_text(content, encoding="utf-8")
     found = judge({"id": "b", "rule": "bound", "value": "derivations:error", "bound": 1e-9})["b"]
     assert (found.verdict, found.found, found.numbers) == (claims.NOT_TESTED, "not computed yet", {})
 

@@ -18,9 +18,7 @@ A verdict holds for one profile. A claim with `profiles` is judged on those alon
 
 import json
 import math
-import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,7 @@ import pandas as pd
 from mvrepro.errors import UserError
 from mvrepro.evidence import runs
 from mvrepro.evidence.stats import Estimate, holm, paired_difference
-from mvrepro.files import RESULTS, ROOT, display, read_json
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mvrepro.files import RESULTS, ROOT, display, read_json, read_toml
 
 CLAIMS = ROOT / "paper" / "claims.toml"
 REPRODUCED, QUALITATIVELY, NOT_REPRODUCED, NOT_TESTED = "reproduced", "qualitatively", "not reproduced", "not tested"
@@ -70,12 +63,12 @@ class Verdict:
 
 def load() -> list[dict[str, Any]]:
     """The claims in the order of paper/claims.toml."""
-    return list(tomllib.loads(CLAIMS.read_text(encoding="utf-8"))["claim"])
+    return list(read_toml(CLAIMS)["claim"])
 
 
 def metrics() -> dict[str, dict[str, str]]:
     """[metric.<profile>] of the file, by profile and in its order."""
-    return dict(tomllib.loads(CLAIMS.read_text(encoding="utf-8"))["metric"])
+    return dict(read_toml(CLAIMS)["metric"])
 
 
 def metric(profile: str) -> tuple[str, str]:
@@ -98,17 +91,17 @@ def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) 
         frame = pd.DataFrame(columns=runs.COLUMNS)
     families: dict[str, dict[str, Estimate]] = defaultdict(dict)
     for claim in claims:
-        if claim["rule"] == "greater" and profile in claim.get("profiles", [profile]):
-            estimate = _difference(frame, column, **claim)
-            if estimate:
-                families[claim["family"]][claim["id"]] = estimate
-    estimates = {id_: (e, p) for family in families.values() for (id_, e), p in _adjusted(family)}
+        counts = claim["rule"] == "greater" and profile in claim.get("profiles", [profile])
+        if counts and (estimate := _difference(frame, column, **claim)):
+            families[claim["family"]][claim["id"]] = estimate
+    adjusted = {
+        id_: p
+        for family in families.values()
+        for id_, p in zip(family, holm([e.p for e in family.values()]), strict=True)
+    }
+    estimates = {id_: (e, adjusted[id_]) for family in families.values() for id_, e in family.items()}
     found = _Found(profile, column, frame, estimates, folder)
     return [_verdict(claim, found) for claim in claims if notebook in (None, claim["notebook"])]
-
-
-def _adjusted(family: dict[str, Estimate]) -> list[tuple[tuple[str, Estimate], float]]:
-    return list(zip(family.items(), holm([e.p for e in family.values()]), strict=True))
 
 
 def _difference(frame: pd.DataFrame, column: str, better: str, worse: str, **claim: Any) -> Estimate | None:
@@ -134,91 +127,65 @@ class _Found:
     folder: Path
 
 
-Judgement = tuple[str, str, dict[str, float | int | None]]  # verdict, what was found, in words and as numbers
-
-
 def _verdict(claim: dict[str, Any], found: _Found) -> Verdict:
     judged_on = claim.get("profiles", [found.profile])  # all, so this one, too, unless it names them
-    here, rule, artifact = found.profile in judged_on, claim["rule"], ""
-    judgement: Judgement | None = None
-    if here and rule in RULES:
-        judgement = RULES[rule](claim, found)
-        artifact = f"results/runs/{found.profile}" if rule != "bound" else _artifact(claim, found)
-    elif here and rule != "untested":
-        raise UserError(f"{display(CLAIMS)}, claim {claim['id']}: unknown rule {rule!r}")
-    why = claim.get("why", "the profile has no such runs" if here else f"judged on {judged_on[0]}")
+    here, artifact, rule = found.profile in judged_on, "", claim["rule"]
     if rule == "bound" and here:
-        why = "not computed yet"
-    verdict, words, numbers = judgement or (NOT_TESTED, why, {})
+        artifact = f"results/figures/{found.profile}/{claim['notebook']}/{claim['value'].split(':')[0]}.json"
+    elif rule != "untested" and here:
+        artifact = f"results/runs/{found.profile}"
+    verdict, words, numbers = (_judge(claim, found, artifact) if here else None) or (NOT_TESTED, "", {})
+    why = "not computed yet" if rule == "bound" else "the profile has no such runs"
     about = {name: claim[name] for name in ("id", "notebook", "claim", "source", "mark")}
-    profile = found.profile if here else judged_on[0]
-    command = f"make reproduce PROFILE={profile} NB={claim['notebook']}"
     return Verdict(
         **about,
         profile=found.profile,
         verdict=verdict,
-        found=words,
+        found=words or claim.get("why", why if here else f"judged on {judged_on[0]}"),
         numbers=numbers,
-        command=command,
+        command=f"make reproduce PROFILE={found.profile if here else judged_on[0]} NB={claim['notebook']}",
         artifact=artifact,
     )
 
 
-def _artifact(claim: dict[str, Any], found: _Found) -> str:
-    return f"results/figures/{found.profile}/{claim['notebook']}/{claim['value'].split(':')[0]}.json"
-
-
-def _bound(claim: dict[str, Any], found: _Found) -> Judgement | None:
-    path = found.folder / Path(_artifact(claim, found)).relative_to("results")
-    values, key = read_json(path)["values"] if path.is_file() else {}, claim["value"].split(":")[1]
-    if key not in values:
-        return None
-    within = (math.nan if values[key] is None else values[key]) <= claim["bound"]
-    words = f"deviation {'within' if within else 'beyond'} its bound, {claim['bound']:.0e}"
-    return REPRODUCED if within else NOT_REPRODUCED, words, {"value": values[key], "bound": claim["bound"]}
-
-
-def _greater(claim: dict[str, Any], found: _Found) -> Judgement | None:
-    if claim["id"] not in found.estimates:
-        return None
-    e, p = found.estimates[claim["id"]]
-    words = f"{100 * e.mean:+.2f} points [{100 * e.low:+.2f}, {100 * e.high:+.2f}], {e.n} seeds, adjusted p = {p:.2g}"
-    numbers: dict[str, float | int | None] = {
-        "difference": e.mean,
-        "low": e.low,
-        "high": e.high,
-        "seeds": e.n,
-        "adjusted_p": p,
-    }
-    return NOT_REPRODUCED if not e.mean > 0 else REPRODUCED if p < 0.05 else QUALITATIVELY, words, numbers
-
-
-def _unclear(claim: dict[str, Any], found: _Found) -> Judgement | None:
-    estimates = [_difference(found.frame, found.column, *pair) for pair in claim["pairs"]]
-    gains = [e for e in estimates if e]
-    if len(gains) < len(estimates):
-        return None
-    p = min(holm([e.p for e in gains]))
-    words = f"gains of {', '.join(f'{100 * e.mean:+.2f}' for e in gains)} points, least adjusted p = {p:.2g}"
-    numbers: dict[str, float | int | None] = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in gains)}
-    return QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED, words, numbers
-
-
-def _argmax(claim: dict[str, Any], found: _Found) -> Judgement | None:
-    best = best_t(found.frame[found.frame["variant"] == ""], found.column, claim["losses"])
-    if best is None:
-        return None
-    low, high = claim["range"]
-    inside = low - 1e-9 <= best <= high + 1e-9
-    return QUALITATIVELY if inside else NOT_REPRODUCED, f"best mean at t = {best:g}", {"best_t": best}
-
-
-RULES: dict[str, Callable[[dict[str, Any], _Found], Judgement | None]] = {
-    "bound": _bound,
-    "greater": _greater,
-    "unclear": _unclear,
-    "argmax": _argmax,
-}
+def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, str, dict[str, Any]] | None:
+    """The verdict, and what was found, in words and as numbers; None where the rule has nothing to judge by."""
+    match claim["rule"]:
+        case "bound":
+            path, key = found.folder / Path(artifact).relative_to("results"), claim["value"].split(":")[1]
+            values = read_json(path)["values"] if path.is_file() else {}
+            if key not in values:
+                return None
+            within = (math.nan if values[key] is None else values[key]) <= claim["bound"]
+            words = f"deviation {'within' if within else 'beyond'} its bound, {claim['bound']:.0e}"
+            numbers = {"value": values[key], "bound": claim["bound"]}
+            return REPRODUCED if within else NOT_REPRODUCED, words, numbers
+        case "greater":
+            if claim["id"] not in found.estimates:
+                return None
+            e, p = found.estimates[claim["id"]]
+            points = f"{100 * e.mean:+.2f} points [{100 * e.low:+.2f}, {100 * e.high:+.2f}]"
+            numbers = {"difference": e.mean, "low": e.low, "high": e.high, "seeds": e.n, "adjusted_p": p}
+            verdict = NOT_REPRODUCED if not e.mean > 0 else REPRODUCED if p < 0.05 else QUALITATIVELY
+            return verdict, f"{points}, {e.n} seeds, adjusted p = {p:.2g}", numbers
+        case "unclear":
+            estimates = [_difference(found.frame, found.column, *pair) for pair in claim["pairs"]]
+            seen = [e for e in estimates if e]
+            if len(seen) < len(estimates):
+                return None
+            p, gains = min(holm([e.p for e in seen])), ", ".join(f"{100 * e.mean:+.2f}" for e in seen)
+            numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen)}
+            words = f"gains of {gains} points, least adjusted p = {p:.2g}"
+            return QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED, words, numbers
+        case "argmax":
+            best = best_t(found.frame[found.frame["variant"] == ""], found.column, claim["losses"])
+            if best is None:
+                return None
+            within = claim["range"][0] - 1e-9 <= best <= claim["range"][1] + 1e-9
+            return QUALITATIVELY if within else NOT_REPRODUCED, f"best mean at t = {best:g}", {"best_t": best}
+        case "untested":
+            return None
+    raise UserError(f"{display(CLAIMS)}, claim {claim['id']}: unknown rule {claim['rule']!r}")
 
 
 def best_t(frame: pd.DataFrame, metric: str, losses: list[str]) -> float | None:

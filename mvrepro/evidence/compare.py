@@ -3,8 +3,9 @@
 A run's metrics come out of training. On the same kind of processor they are the same bits; elsewhere the last bits
 differ, and what is tolerable is how far a metric moves when a run is trained again with other last bits: params.yaml,
 <profile>.tolerance, measured by `python -m mvrepro runs PROFILE --tolerance N`. So it is with the loss of the first
-epoch (first_loss, relative), which hardly moves yet: another loss's run shows there. Exact mathematics gets 1e-6; measured times are not compared. Reports that
-follow from runs are compared where all the runs behind them are the same; a verdict is compared always.
+epoch (first_loss, relative), which hardly moves yet: there another loss's run shows. Exact mathematics gets 1e-6;
+measured times are not compared. Reports that follow from runs are compared where all the runs behind them are the
+same; a verdict is compared always.
 """
 
 import itertools

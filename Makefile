@@ -15,7 +15,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 MVREPRO := $(BIN)/python -m mvrepro
 NOTEBOOK := $(if $(NB),--notebook $(NB))
 
-# The package is not installed: the tree that you stand in is the one that runs.
+# The tree that you stand in is the one that runs, also with an environment of your own (BIN=).
 export PYTHONPATH := $(CURDIR)
 # What must be set before the numerical libraries start (mvrepro/determinism.py says why).
 export ATEN_CPU_CAPABILITY := avx2
@@ -27,7 +27,7 @@ export PYTHONHASHSEED := 0
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce status validate test lint lab book serve test-book test-extras badges clean clean-env
+.PHONY: help env reproduce status validate figures test lint lab book serve test-book test-extras badges clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,14 +43,17 @@ define venv
 	@echo "building $(1) from $(2) (once; about $(3))"
 	@$(PYTHON) -m venv $(1) || { echo "mvrepro: could not make a virtual environment: on Debian and Ubuntu, install python3.11-venv" >&2; exit 1; }
 	@$(1)/bin/python -m pip install -q -q --disable-pip-version-check -r $(2)
-	@touch $@
 endef
 
 $(VENV)/.ready: requirements.lock
 	$(call venv,$(VENV),$<,2 minutes and 2 GB)
+	@# where this tree lies, for notebooks that are opened without make
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
 
 $(BOOK)/.ready: requirements-book.lock
 	$(call venv,$(BOOK),$<,1 minute and 0.3 GB)
+	@touch $@
 
 reproduce: env ## compute every stage of PROFILE not yet computed here, and compare with the committed values
 	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(filter-out 0,$(PAGES)),--pages)
@@ -60,6 +63,10 @@ status: env ## which committed results no longer belong to the files that are he
 
 validate: env ## re-execute the committed notebooks strictly; check everything that is generated
 	@$(MVREPRO) validate --profile $(PROFILE) $(NOTEBOOK)
+
+figures: env ## every figure of PROFILE as PNG and PDF in build/figures (NB=04: of one notebook)
+	@for page in $(or $(NB),$(notdir $(wildcard results/executed/$(PROFILE)/*.ipynb))); do \
+	  $(MVREPRO) notebook $$page --profile $(PROFILE) --out build || exit 1; done
 
 test: env ## the tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests

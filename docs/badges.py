@@ -57,7 +57,7 @@ def colab(name: str) -> dict[str, Any]:
         (
             "code",
             '!python -m mvrepro notebook 06 -p t_band "[0.1, 0.4]"\n'
-            'from IPython.display import Image\nImage("results/figures/quick/t-tpr.png", width=700)',
+            'from IPython.display import Image\nImage("scratch/figures/quick/06/t-tpr.png", width=700)',
         ),
         ("markdown", "One network, trained and tested, with a t of your own (5 s):"),
         ("code", "!python -m mvrepro train --loss MV-AM-Softmax-a --t 0.4 --seed 1"),

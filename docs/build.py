@@ -5,6 +5,7 @@ behind each figure, links that lead somewhere); then Sphinx makes pages of the c
 an error. Nothing is executed, and the same commit gives the same bytes.
 """
 
+import ast
 import json
 import re
 import shutil
@@ -105,8 +106,8 @@ def resolve(text: str, folder: str, up: str) -> str:
 
 def figure_data(profile: str) -> dict[str, str]:
     """SHA-256 of each picture of a profile -> the file with the data behind it."""
-    files = sorted((RESULTS / "figures" / profile).glob("*.json"))
-    return {read_json(path)["sha256"]: str(path.relative_to(ROOT)) for path in files}
+    records = {path: read_json(path) for path in sorted((RESULTS / "figures" / profile).glob("*/*.json"))}
+    return {record["sha256"]: str(path.relative_to(ROOT)) for path, record in records.items() if "sha256" in record}
 
 
 def join_setup(cells: list[dict[str, Any]]) -> None:
@@ -205,18 +206,25 @@ def index() -> str:
 def formulas() -> str:
     """The library's tables for the interactive page, out of its source: the library itself would need torch here.
     A loss with a part that docs/interactive/losses.js doesn't know is left out."""
-    text = (ROOT / "mvrepro" / "losses.py").read_text(encoding="utf-8")
-
-    def row(f: str = "cos", h: str | None = None, g: str | None = None, **more: Any) -> dict[str, Any] | None:
-        known = f in ("cos", "A", "AM", "Arc") and h in (None, "fixed", "adaptive") and g in (None, "HM", "F")
-        return {"f": f, "h": h, "g": g} if known and not more else None
-
-    def table(name: str) -> dict[str, Any]:
-        literal = re.search(rf"^{name}\b[^\n]*= (\{{.*?\}})$", text, re.DOTALL | re.MULTILINE)[1]
-        return {key: value for key, value in eval(literal, {"Loss": row}).items() if value is not None}
-
-    lines = {"MV_LOSSES": table("LOSSES"), "MV_MARGINS": table("DEFAULT_MARGIN")}
+    slots = {"f": ("cos", "A", "AM", "Arc"), "h": (None, "fixed", "adaptive"), "g": (None, "HM", "F")}
+    found = {}
+    for node in ast.parse((ROOT / "mvrepro" / "losses.py").read_text(encoding="utf-8")).body:
+        match node:
+            case ast.AnnAssign(ast.Name("LOSSES"), _, ast.Dict(names, calls)):
+                found["LOSSES"] = {name.value: row(call) for name, call in zip(names, calls, strict=True)}
+            case ast.Assign([ast.Name("DEFAULT_MARGIN")], margins):
+                found["MARGINS"] = ast.literal_eval(margins)
+    if len(found) < 2:
+        raise UserError("mvrepro/losses.py lacks the table LOSSES or DEFAULT_MARGIN, which the book reads")
+    known = {n: r for n, r in found["LOSSES"].items() if all(r[part] in slots.get(part, ()) for part in r)}
+    lines = {"MV_LOSSES": known, "MV_MARGINS": found["MARGINS"]}
     return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in lines.items())
+
+
+def row(call: ast.Call) -> dict[str, Any]:
+    """Loss("AM", h="fixed") -> its parts."""
+    given = dict(zip("fhg", map(ast.literal_eval, call.args), strict=False))
+    return {"f": "cos", "h": None, "g": None} | given | {k.arg: ast.literal_eval(k.value) for k in call.keywords}
 
 
 def assets() -> None:

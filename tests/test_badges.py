@@ -43,7 +43,7 @@ def test_what_colab_opens_names_files_and_options_that_are_there():
     (picture,) = [
         n.value for n in ast.walk(ast.parse(plain)) if isinstance(n, ast.Constant) and isinstance(n.value, str)
     ]
-    assert (ROOT / picture).is_file()
+    assert (ROOT / "results" / Path(picture).relative_to("scratch")).with_suffix(".json").is_file()
     assert "t_band" in (ROOT / "notebooks" / "06-effect-of-t.ipynb").read_text(encoding="utf-8")
 
 

@@ -316,7 +316,8 @@ def test_a_notebook_executed_twice_is_the_same_bytes(
     out = tmp_path / "results" / "executed" / "quick" / "01-try.ipynb"
     contents = []
     for _ in range(2):
-        assert main(["notebook", "01", "--profile", "quick", "-p", "x", "0.25"]) == 0
+        out_folder = ["--out", str(tmp_path / "results")]
+        assert main(["notebook", "01", "--profile", "quick", "-p", "x", "0.25", *out_folder]) == 0
         assert capsys.readouterr().out == f"executed {out}\n"
         contents.append(out.read_bytes())
     assert contents[0] == contents[1]
@@ -375,6 +376,64 @@ def test_a_cell_that_takes_too_long_is_one_message(
             notebook.execute(source, "quick")
     finally:
         assert files_below(tmp_path) == ["notebooks/01-try.ipynb"]
+
+
+def test_no_time_limit_is_short(monkeypatch: pytest.MonkeyPatch, notebooks: Path, tmp_path: Path) -> None:
+    """A slow machine may take minutes to start a kernel or to send an output; papermill waits 60 and 4 s."""
+    import papermill
+
+    asked, real = {}, papermill.execute_notebook
+    monkeypatch.setattr(
+        papermill, "execute_notebook", lambda *given, **more: asked.update(more) or real(*given, **more)
+    )
+    notebook.execute(write(notebooks, "x"), "quick")
+    limits = [asked[name] for name in ("start_timeout", "iopub_timeout", "execution_timeout")]
+    assert limits == [600, 600, 1800]
+
+
+def test_a_kernel_that_does_not_start_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, notebooks: Path, tmp_path: Path
+) -> None:
+    startup = tmp_path / "ipython" / "profile_default" / "startup" / "slow.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("import time\ntime.sleep(20)")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setattr(notebook, "START_TIMEOUT_S", 1)
+    with pytest.raises(UserError, match=r"the kernel of 01-try\.ipynb did not start within 1 s; nothing was written"):
+        notebook.execute(write(notebooks, "x"), "quick")
+    assert not (tmp_path / "results").exists()
+
+
+DRAWS = """\
+import os
+from pathlib import Path
+folder = Path(os.environ["MVREPRO_OUT"], "figures", profile, "01")
+folder.mkdir(parents=True, exist_ok=True)
+_ = (folder / f"{name}.json").write_text("{}")"""
+
+
+def test_a_figure_that_the_page_no_longer_has_goes(notebooks: Path, tmp_path: Path) -> None:
+    """But only when the whole page was executed."""
+    write(notebooks, 'name = "old"', DRAWS)
+    assert main(["notebook", "01"]) == 0
+    write(notebooks, 'name = "new"', DRAWS, "1 / 0")
+    assert main(["notebook", "01"]) == 1
+    figures = tmp_path / "results" / "figures" / "quick" / "01"
+    assert files_below(figures) == ["new.json", "old.json"]
+    write(notebooks, 'name = "new"', DRAWS)
+    assert main(["notebook", "01"]) == 0
+    assert files_below(figures) == ["new.json"]
+
+
+def test_a_page_with_other_parameters_goes_to_scratch(
+    monkeypatch: pytest.MonkeyPatch, notebooks: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(notebook, "SCRATCH", tmp_path / "scratch")
+    write(notebooks, 'name = "one"', DRAWS)
+    assert main(["notebook", "01", "-p", "x", "1"]) == 0
+    assert files_below(tmp_path) == [
+        "notebooks/01-try.ipynb", "scratch/executed/quick/01-try.ipynb", "scratch/figures/quick/01/one.json",
+    ]  # fmt: skip
 
 
 def test_a_failed_write_of_a_notebook_is_one_message(notebooks: Path, tmp_path: Path) -> None:

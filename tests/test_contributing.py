@@ -11,7 +11,6 @@ from test_pipeline import closure, imported
 
 from mvrepro.commands import train
 from mvrepro.evidence import claims
-from mvrepro.pages import report
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -56,12 +55,12 @@ def test_the_stage_of_a_notebook_lists_the_figures_of_the_template(stages):
 
 
 def test_the_template_runs_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setenv("MVREPRO_OUT", str(tmp_path))
     shown = {}
     exec(compile("\n".join(code()), str(TEMPLATE), "exec"), shown)
     assert len(shown["table"]) == len(shown["rows"])
-    assert {path.name for path in (tmp_path / "figures" / "quick").iterdir()} == {
-        f"12-{name}.{kind}" for name in ("differences", "curves") for kind in ("json", "pdf", "png")
+    assert {path.name for path in (tmp_path / "figures" / "quick" / "12").iterdir()} == {
+        f"{name}.{kind}" for name in ("differences", "curves") for kind in ("json", "pdf", "png")
     }
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from notebook_form import source_problems
 
 from mvrepro.determinism import environment
+from mvrepro.evidence.compare import text_difference
 from mvrepro.files import ROOT
-from mvrepro.pages.check import difference, executed_problems, source_problems
-from mvrepro.pages.notebook import SocketKernelManager
+from mvrepro.pages.check import executed_problems
+from mvrepro.pages.notebook import CELL_TIMEOUT_S, START_TIMEOUT_S, SocketKernelManager
 
 EXAMPLES = sorted((ROOT / "notebooks" / "examples").glob("*.ipynb"))
 
@@ -41,7 +43,9 @@ def test_an_example_gives_the_same_again(path: Path, monkeypatch: pytest.MonkeyP
     again = copy.deepcopy(committed)
     client = NotebookClient(
         again,
-        timeout=300,
+        timeout=CELL_TIMEOUT_S,
+        startup_timeout=START_TIMEOUT_S,
+        iopub_timeout=START_TIMEOUT_S,
         kernel_manager_class=SocketKernelManager,
         resources={"metadata": {"path": str(ROOT)}},
     )
@@ -49,7 +53,7 @@ def test_an_example_gives_the_same_again(path: Path, monkeypatch: pytest.MonkeyP
     for was, now in zip(committed.cells, again.cells, strict=True):
         outputs = [[text(output) for output in cell.get("outputs", [])] for cell in (was, now)]
         assert len(outputs[0]) == len(outputs[1])
-        assert [difference(a, b) for a, b in zip(*outputs, strict=True)] == [None] * len(outputs[0])
+        assert [text_difference(a, b) for a, b in zip(*outputs, strict=True)] == [None] * len(outputs[0])
     assert os.environ["PYTHONPATH"] == str(ROOT)
 
 

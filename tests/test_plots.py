@@ -61,7 +61,7 @@ def test_equal_figures_are_equal_bytes_in_both_formats():
         fig, axes = plots.new_figure()
         axes[0, 0].plot([0, 1], [1, 2], label=r"$\cos\theta_y$")
         axes[0, 0].legend()
-        found = plots.pictures(fig)
+        found = tuple(plots.picture(fig, form) for form in ("png", "pdf"))
         plots.plt.close(fig)
         return found
 

@@ -1,6 +1,7 @@
 """`python -m mvrepro notebook`: execute one report notebook on a profile."""
 
 import argparse
+from pathlib import Path
 
 from mvrepro.errors import UserError
 from mvrepro.files import display
@@ -14,11 +15,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter"
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for executed/, and for figures/ as data, PNG and PDF (default: scratch where a parameter is set; else "
+        "results, which holds the data alone)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     parameters = {name: _literal(name, value) for name, value in arguments.parameter}
-    path = notebook.execute(notebook.find(arguments.name), arguments.profile, parameters)
+    out = arguments.out or (notebook.SCRATCH if parameters else None)
+    path = notebook.execute(notebook.find(arguments.name), arguments.profile, parameters, out)
     print(f"executed {display(path)}")
     return 0
 

@@ -20,15 +20,7 @@ from mvrepro.evidence.stats import mean_interval
 from mvrepro.losses import LOSSES
 
 DPI = 150
-COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column and the whole page of a two-column paper
-
-PROFILE_NOTES = {
-    "quick": "ORL faces, 20 people to train on and 20 others to test with, a small network; "
-    "it shows the machinery and the tendency, not the paper's scale (notebook 02: digits)",
-    "faces": "trained on CelebA and on CFP, less the people whose names LFW has, tested on LFW (notebook 08: on CFP, "
-    "too; 02: digits); 32×32 pixels, a small network, the easy margin of the authors' code: real protocols, not the "
-    "paper's scale",
-}
+PAGE = 7.0  # the width in inches of the whole page of a two-column paper
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; a marker for each, so that colour is not alone.
 COLOURS = {"cos": "#0072B2", "A": "#CC79A7", "AM": "#E69F00", "Arc": "#009E73"}
@@ -37,7 +29,8 @@ DASHES = {"–": "-", "fixed": "--", "adaptive": ":"}
 
 
 def use_style() -> None:
-    """Set the style of every figure: seaborn's ticks, fonts and sizes as in print."""
+    """Set the style of every figure: seaborn's ticks, fonts and sizes as in print; drawn without a screen."""
+    mpl.use("Agg")
     sns.set_theme(context="paper", style="ticks", palette="colorblind")
     mpl.rcParams.update(
         {
@@ -73,26 +66,8 @@ def metric_by_loss(ax: Axes, frame: pd.DataFrame, losses: Sequence[str], metric:
 
     frame: runs.table() narrowed to one run a loss and seed. Returns the means and ends drawn.
     """
-    rows = []
-    for place, loss in enumerate(losses):
-        values = 100 * frame.loc[frame["loss"] == loss, metric].to_numpy()
-        estimate = mean_interval(values)
-        style = look(loss)
-        ax.plot(values, [place + 0.22] * len(values), ".", color=str(style["color"]), alpha=0.6, markersize=4)
-        ax.errorbar(
-            estimate.mean,
-            place,
-            xerr=[[estimate.mean - estimate.low], [estimate.high - estimate.mean]],
-            fmt=str(style["marker"]),
-            color=str(style["color"]),
-            capsize=2,
-            markersize=5,
-        )
-        rows.append({"loss": loss, "mean": estimate.mean, "low": estimate.low, "high": estimate.high})
-    ax.set_yticks(range(len(losses)), list(losses))
-    ax.invert_yaxis()
-    ax.set_xlabel(label)
-    return pd.DataFrame(rows)
+    values = [100 * frame.loc[frame["loss"] == loss, metric] for loss in losses]
+    return _intervals(ax, {"loss": losses}, values, [look(loss) for loss in losses], list(losses), label, 0.22)
 
 
 def paired_differences(
@@ -108,22 +83,33 @@ def paired_differences(
 
     frame: runs.table(); of each loss its default t. Returns the means, ends and single differences drawn.
     """
-    rows = []
-    for place, (better, worse) in enumerate(pairs):
-        difference = 100 * (by_seed(frame, metric, better) - by_seed(frame, metric, worse)).dropna()
-        estimate = mean_interval(difference)
-        style = looks[place] if looks else look(better)
-        colour = str(style["color"])
-        ax.plot(difference, [place + 0.25] * len(difference), ".", color=colour, alpha=0.6, markersize=4)
-        ends = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
-        ax.errorbar(estimate.mean, place, xerr=ends, fmt=str(style["marker"]), color=colour, capsize=2, markersize=5)
-        row = {"better": better, "worse": worse, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-        rows.append(row | {"seeds": list(difference)})
+    better, worse = zip(*pairs, strict=True)
+    values = [100 * (by_seed(frame, metric, a) - by_seed(frame, metric, b)).dropna() for a, b in pairs]
+    names, looks = [f"{a} − {b}" for a, b in pairs], looks or [look(loss) for loss in better]
+    drawn = _intervals(ax, {"better": better, "worse": worse}, values, looks, names, label, 0.25)
     ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set_yticks(range(len(rows)), [f"{better} − {worse}" for better, worse in pairs])
+    return drawn.assign(seeds=[list(each) for each in values])
+
+
+def _intervals(
+    ax: Axes,
+    what: Mapping[str, Sequence[str]],
+    values: Sequence[pd.Series],
+    looks: Sequence[Mapping[str, object]],
+    names: Sequence[str],
+    label: str,
+    below: float,
+) -> pd.DataFrame:
+    """A row for each of values, with its seeds so far below the line; returns what, and the means and ends drawn."""
+    estimates = [mean_interval(each) for each in values]
+    for place, (each, e, style) in enumerate(zip(values, estimates, looks, strict=True)):
+        colour, ends = str(style["color"]), [[e.mean - e.low], [e.high - e.mean]]
+        ax.plot(each, [place + below] * len(each), ".", color=colour, alpha=0.6, markersize=4)
+        ax.errorbar(e.mean, place, xerr=ends, fmt=str(style["marker"]), color=colour, capsize=2, markersize=5)
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel(label)
-    return pd.DataFrame(rows)
+    return pd.DataFrame({**what, **{end: [getattr(e, end) for e in estimates] for end in ("mean", "low", "high")}})
 
 
 def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mapping[str, Any]) -> list[float]:
@@ -162,9 +148,8 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: 
     return plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
 
 
-def pictures(figure: Figure) -> tuple[bytes, bytes]:
-    """(PNG, PDF) of a figure: equal figures are equal bytes, since neither holds a date."""
-    png, pdf = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
-    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    return png.getvalue(), pdf.getvalue()
+def picture(figure: Figure, form: str) -> bytes:
+    """A figure as "png" or "pdf": equal figures are equal bytes, since neither holds a date."""
+    file, undated = io.BytesIO(), {"png": ["Software"], "pdf": ["CreationDate", "Creator", "Producer"]}
+    figure.savefig(file, format=form, dpi=DPI, metadata=dict.fromkeys(undated[form]))
+    return file.getvalue()

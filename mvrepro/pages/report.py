@@ -1,7 +1,9 @@
 """What every report notebook uses: the box at its top, figures with their data, tables, recorded values.
 
-A notebook begins with `report = Report("04", profile)`. Under `make validate` (MVREPRO_VALIDATE=1)
-nothing is written: what would be written is compared with what is committed, and a difference is an error.
+A notebook begins with `report = Report("04", profile)`. Only what the pipeline runs (mvrepro.pages.notebook.execute)
+writes to results/: anywhere else, in JupyterLab or with papermill alone, figures and values go to scratch/. Under
+`make validate` (MVREPRO_VALIDATE=1) nothing is written: what would be written is compared with what is committed,
+and a difference is an error.
 """
 
 import ast
@@ -9,22 +11,23 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from mvrepro.errors import UserError
 from mvrepro.evidence import claims, runs
-from mvrepro.evidence.values import leaves
-from mvrepro.files import RESULTS, ROOT, read_json, write_atomic, write_json
+from mvrepro.evidence.compare import difference
+from mvrepro.files import RESULTS, read_json, write_atomic, write_json
 from mvrepro.files import display as shown
 from mvrepro.pages import plots
+from mvrepro.pages.notebook import NOTEBOOKS, OUT, SCRATCH, literals
 
 KINDS = ("exact", "training", "measured")
 
@@ -33,75 +36,63 @@ class Report:
     """One notebook's place in results/. notebook: its two digits; profile: such as "quick".
 
     metric, metric_label: what the profile's verdicts rest on, as a column of runs.table and on an axis.
+    folder: with the data behind this page's figures, and its recorded values.
+    Raises UserError where papermill was given a parameter that the notebook does not have.
     """
 
     def __init__(self, notebook: str, profile: str) -> None:
+        check_parameters(getattr(get_ipython(), "user_ns", {}).get("In", []))
         self.notebook, self.profile = notebook, profile
         self.metric, self.metric_label = claims.metric(profile)
         self.validating = os.environ.get("MVREPRO_VALIDATE") == "1"
+        out = RESULTS if self.validating else Path(os.environ.get(OUT, SCRATCH))
+        self._shapes: dict[str, KeysView[str]] = {}
+        self.folder, self.forms = out / "figures" / profile / notebook, [] if out == RESULTS else ["png", "pdf"]
+        if not self.validating and OUT not in os.environ:
+            print(f"figures and values of this notebook go to {shown(self.folder)}")
         plots.use_style()
 
     def header(self, *, section: str, equations: str, tested: str, run_time: str, in_short: str = "") -> None:
         """The box at the top: the section of the paper, its equations, what is tested, what a long page found,
         the verdicts so far, and how long the notebook takes. All strings are Markdown."""
         verdicts = claims.evaluate(self.profile, self.notebook)
-        lines = [
-            "| | |",
-            "| --- | --- |",
-            f"| **Section of the paper** | {section} |",
-            f"| **Equations** | {equations} |",
-            f"| **Tested here** | {tested} |",
-            *([f"| **In short** | {in_short} |"] if in_short else []),
-            f"| **Profile** | `{self.profile}`: {plots.PROFILE_NOTES.get(self.profile, '')} |",
-        ]
         # Claims about exact values are judged at the end of the notebook that computes them: here they
         # would show what an earlier execution left.
         exact = {claim["id"] for claim in claims.load() if claim["rule"] == "bound"}
-        lines += [f"| **{v.verdict}** | {v.claim}: {v.found} |" for v in verdicts if v.id not in exact]
-        lines.append(f"| **Run time** | {run_time} |")
-        display(Markdown("\n".join(lines)))
+        about = f"`{self.profile}`: {claims.metrics()[self.profile].get('about', '')}"
+        rows = [("Section of the paper", section), ("Equations", equations), ("Tested here", tested)]
+        rows += [("In short", in_short), ("Profile", about)]
+        rows += [(v.verdict, f"{v.claim}: {v.found}") for v in verdicts if v.id not in exact]
+        lines = [f"| **{name}** | {text} |" for name, text in [*rows, ("Run time", run_time)] if text]
+        display(Markdown("\n".join(["| | |", "| --- | --- |", *lines])))
 
     def verdicts(self) -> None:
         """The verdicts of this notebook's claims, as a table."""
         self.table(claim_table(claims.evaluate(self.profile, self.notebook)))
 
-    def figure(self, figure: Figure, name: str, data: Mapping[str, Any], *, alt: str, kind: str) -> None:
-        """Show a figure and save it as results/figures/<profile>/<name>.png, and .pdf for print, with the data
-        behind it and the hash of the .png in <name>.json.
+    def figure(
+        self, figure: Figure, name: str, data: Mapping[str, Any], *, alt: str, kind: str, keep: bool = False
+    ) -> None:
+        """Show a figure and write <name>.json: the data behind it, its alt text, and the hash of the PNG, which
+        stands in the executed notebook. Outside results/ the PNG is written beside it, and a PDF for print.
 
         kind  "exact": pure mathematics; "training": out of runs; "measured": times and memory of one machine
+        keep  write the PNG in results/, too
         """
-        png, pdf = plots.pictures(figure)
+        png = plots.picture(figure, "png")
+        self._write(name, {"alt": alt, "sha256": hashlib.sha256(png).hexdigest(), "data": _plain(data)}, kind)
+        for form in self.forms or (["png"] if keep and not self.validating else []):
+            # Not drawn again as PNG: the layout of a second drawing differs by some pixels.
+            write_atomic(self.folder / f"{name}.{form}", png if form == "png" else plots.picture(figure, form))
         plt.close(figure)
-        record = {
-            "kind": _known(kind),
-            "alt": alt,
-            "sha256": hashlib.sha256(png).hexdigest(),
-            "data": _plain(data),
-        }
-        folder = RESULTS / "figures" / self.profile
-        if self.validating:
-            committed = self._compare(folder / f"{name}.json", record, ignore={"sha256"})
-            png = (folder / f"{name}.png").read_bytes()
-            if hashlib.sha256(png).hexdigest() != committed["sha256"]:
-                raise UserError(f"{shown(folder / name)}.png is not the picture that {name}.json records")
-        else:
-            write_atomic(folder / f"{name}.png", png)
-            write_atomic(folder / f"{name}.pdf", pdf)
-            write_json(folder / f"{name}.json", record)
         width = round(figure.get_figwidth() * 100)
         display(
             Image(data=png, format="png", width=width, alt=alt), metadata={"image/png": {"alt": alt, "width": width}}
         )
 
     def record(self, name: str, values: Mapping[str, float | int | str], *, kind: str) -> None:
-        """Save named values as results/values/<profile>/<name>.json, where claims and readers find them."""
-        record = {"kind": _known(kind), "notebook": self.notebook, "values": _plain(values)}
-        path = RESULTS / "values" / self.profile / f"{name}.json"
-        if self.validating:
-            self._compare(path, record)
-        else:
-            write_json(path, record)
+        """Write named values as <name>.json, where claims and readers find them. kind: as in figure."""
+        self._write(name, {"notebook": self.notebook, "values": _plain(values)}, kind)
 
     def table(self, frame: pd.DataFrame) -> None:
         """Show a table without its index; cells are printed as they are, so format them first."""
@@ -111,36 +102,43 @@ class Report:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         display(Markdown("\n".join(lines)))
 
-    def _compare(self, path: Any, record: Mapping[str, Any], ignore: frozenset[str] | set[str] = frozenset()) -> Any:
+    def _write(self, name: str, content: Mapping[str, Any], kind: str) -> None:
+        """Write <name>.json, or compare it with the committed one."""
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        if self._shapes.setdefault(name, content.keys()) != content.keys():
+            raise ValueError(f"{name!r} is the name of a figure and of values: one would replace the other")
+        path, record = self.folder / f"{name}.json", {"kind": kind, **content}
+        if not self.validating:
+            write_json(path, record)
+            return
         if not path.is_file():
             raise UserError(f"{shown(path)} is missing: `make reproduce` writes it")
         committed = read_json(path)
-        for key in record.keys() - ignore:
-            difference = first_difference(committed.get(key), record[key], key)
-            if difference:
-                raise UserError(f"{shown(path)} is not what this notebook computes: {difference}")
-        return committed
+        for key in record.keys() - {"sha256"}:  # pixels depend on the fonts
+            if found := difference(committed.get(key), record[key], key):
+                raise UserError(f"{shown(path)} is not what this notebook computes: {found}")
+
+
+def check_parameters(cells: Sequence[str]) -> None:
+    """Raise UserError for a parameter that papermill was given and the notebook lacks: papermill alone warns of it
+    and goes on. cells: the sources executed so far; papermill's own cell follows that of the parameters."""
+    for before, cell in itertools.pairwise(cells):
+        if cell.startswith("# Parameters\n"):
+            known, given = literals(before), literals(cell)
+            if known and given and not given <= known:
+                raise UserError(f"no parameter {', '.join(given - known)} here; there are: {', '.join(sorted(known))}")
 
 
 def claim_table(verdicts: list[claims.Verdict]) -> pd.DataFrame:
     """The table of claims as readers see it."""
-    return pd.DataFrame(
-        {
-            "Claim": [v.claim for v in verdicts],
-            "Source": [f"{v.source} ({v.mark})" for v in verdicts],
-            "Verdict": [f"**{v.verdict}**" for v in verdicts],
-            "Found": [v.found for v in verdicts],
-            "Notebook": [v.notebook for v in verdicts],
-        }
-    )
+    rows = [(v.claim, f"{v.source} ({v.mark})", f"**{v.verdict}**", v.found, v.notebook) for v in verdicts]
+    return pd.DataFrame(rows, columns=["Claim", "Source", "Verdict", "Found", "Notebook"])
 
 
 def mv_gains(frame: pd.DataFrame, metrics: Mapping[str, str]) -> str:
-    """What MV gains over its margin loss at t = 0.2, in points as the mean over seeds, in words for each of metrics.
-
-    frame: runs.table() of one variant; metrics: columns and their names, such as {"rank1": "rank 1"}.
-    """
-    frame = frame[(frame["h"] == "–") | ((frame["t"] - 0.2).abs() < 1e-9)]
+    """What MV gains over its margin loss at its default t, in points as the mean over seeds, in words for each of
+    metrics: columns and their names, such as {"rank1": "rank 1"}. frame: runs.table() of one variant."""
     parts = []
     for column, name in metrics.items():
         gains = []
@@ -151,7 +149,7 @@ def mv_gains(frame: pd.DataFrame, metrics: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
-def contents(folder: Path = ROOT / "notebooks") -> pd.DataFrame:
+def contents(folder: Path = NOTEBOOKS) -> pd.DataFrame:
     """The notebooks that exist: each title as a link, with the section of the paper that its header names."""
     rows = []
     for path in sorted(folder.glob("[0-9]*.ipynb")):
@@ -164,24 +162,9 @@ def contents(folder: Path = ROOT / "notebooks") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["Notebook", "Title", "Section of the paper"])
 
 
-def first_difference(old: Any, new: Any, where: str, tolerance: float = 1e-6) -> str:
-    """ "" where both hold the same: numbers within tolerance (relative, or absolute below 1), all else exactly."""
-    for place, a, b in leaves(old, new, where):
-        numbers = isinstance(a, float | int) and isinstance(b, float | int) and type(a) is not bool
-        if a != b and not (numbers and abs(a - b) <= tolerance * max(1.0, abs(a))):
-            return f"{place} is {a!r} there and {b!r} here"
-    return ""
-
-
 def percent(value: float, digits: int = 1) -> str:
     """0.573 -> "57.3"."""
     return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
-
-
-def _known(kind: str) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    return kind
 
 
 def _plain(value: Any) -> Any:
@@ -197,6 +180,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.9g}")
     return value
-
-
-mpl.use("Agg")

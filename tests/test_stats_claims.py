@@ -274,6 +274,7 @@ def test_curves_have_a_row_an_epoch(add, tmp_path):
         "variant": [""] * 4,
         "loss": ["AM-Softmax"] * 2 + ["MV-AM-Softmax-f"] * 2,
         "t": [0.0, 0.0, 0.3, 0.3],
+        "default": [True, True, False, False],
         "seed": [0] * 4,
         "epoch": [1, 2] * 2,
         "training_loss": [3.0, 2.0] * 2,

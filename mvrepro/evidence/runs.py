@@ -39,16 +39,13 @@ def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.
 
     kind: the runs of this variant only ("": the plain ones); None: all.
     """
-    chosen = _chosen(profile, folder, kind)
-    if not chosen:
-        raise UserError(f"no runs of the variant {kind!r} in {display(folder / 'runs' / profile)}")
-    usual = default_t(profile) if any(LOSSES[config["loss"]].h for config, _ in chosen) else 0.0
     rows = []
-    for config, record in chosen:
+    for config, record in _chosen(profile, folder, kind):
         f, h, g = (getattr(LOSSES[config["loss"]], part) for part in "fhg")
-        default = not h or abs(config["t"] - usual) < 1e-9
-        values = config | {"f": f, "h": h or "–", "g": g or "–", "default": default}
+        values = config | {"f": f, "h": h or "–", "g": g or "–"}
         rows.append({column: values[column] for column in COLUMNS} | record["metrics"])
+    if not rows:
+        raise UserError(f"no runs of the variant {kind!r} in {display(folder / 'runs' / profile)}")
     order = {loss: place for place, loss in enumerate(LOSSES)}
     return pd.DataFrame(rows).sort_values(
         ["loss", "t", "seed"], kind="stable", ignore_index=True, key=lambda c: c.map(order) if c.name == "loss" else c
@@ -56,12 +53,12 @@ def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.
 
 
 def curves(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
-    """One row an epoch of a run: variant, loss, t (0 where the loss has no emphasis), seed, epoch (from 1),
-    and the columns of the curve, whose "loss" is called training_loss here. kind: as in table."""
+    """One row an epoch of a run: variant, loss, t, default (both as in table), seed, epoch (from 1), and the columns
+    of the curve, whose "loss" is called training_loss here. kind: as in table."""
     parts = []
     for config, record in _chosen(profile, folder, kind):
         part = pd.DataFrame(record["curve"]).rename(columns={"loss": "training_loss"})
-        about = {name: config[name] for name in ("variant", "loss", "t", "seed")}
+        about = {name: config[name] for name in ("variant", "loss", "t", "default", "seed")}
         for place, (name, value) in enumerate((about | {"epoch": range(1, len(part) + 1)}).items()):
             part.insert(place, name, value)
         parts.append(part)
@@ -111,10 +108,15 @@ def numbers(words: str) -> NDArray[np.int64]:
 
 
 def _chosen(profile: str, folder: Path, kind: str | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(settings, record) of the runs of a variant, with t = 0 where the loss has no emphasis."""
+    """(settings, record) of the runs of a variant, with t = 0 where the loss has no emphasis, and
+    whether t is the profile's own."""
     found = [({"variant": "", **record["config"]}, record) for record in records(profile, folder)]
-    without = {name: {} if row.h else {"t": 0.0} for name, row in LOSSES.items()}
-    return [(c | without[c["loss"]], record) for c, record in found if kind is None or c["variant"] == kind]
+    found = [(config, record) for config, record in found if kind is None or config["variant"] == kind]
+    usual = default_t(profile) if any(LOSSES[config["loss"]].h for config, _ in found) else 0.0
+    for config, _ in found:
+        config["t"] = config["t"] if LOSSES[config["loss"]].h else 0.0
+        config["default"] = not LOSSES[config["loss"]].h or abs(config["t"] - usual) < 1e-9
+    return found
 
 
 def _arrays(value: Any, name: str = "") -> Any:

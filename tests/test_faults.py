@@ -68,7 +68,7 @@ def unharmed(tree: Path) -> None:
 
 def children(pid: int) -> list[tuple[int, str]]:
     """(pid, command line) of all that runs below a process."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in table.splitlines()]
     below, todo = [], [pid]
     while todo:
@@ -87,7 +87,8 @@ def below(process: subprocess.Popen[str], wanted: str) -> list[int]:
             time.sleep(0.3)
             return found
         time.sleep(0.05)
-    pytest.fail(f"no process with {wanted!r} appeared")
+    process.kill()
+    pytest.fail(f"no process with {wanted!r} appeared: {process.communicate()[0]}")
 
 
 def kill_one(process: subprocess.Popen[str], wanted: str) -> None:
@@ -170,11 +171,10 @@ def test_code_that_is_edited_during_a_training_is_not_what_trained(tree):
     losses = tree / "mvrepro" / "losses.py"
     before, lock = losses.read_text(), (tree / "dvc.lock").read_text()
     process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
-    first = below(process, WORKER)
-    time.sleep(4)  # until the workers have loaded the code
+    assert process.stdout and "[1/4]" in process.stdout.readline()  # the workers have loaded the code
     losses.write_text(before.replace("return", "1 + 1\n    return", 1))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and first
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
     assert "is made from changed while it was: run the same command again" in output
     assert (tree / "dvc.lock").read_text() == lock
     _, output = make(tree, "status")

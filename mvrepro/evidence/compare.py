@@ -118,10 +118,10 @@ def compare(files: Sequence[Path], tolerances: Mapping[str, Mapping[str, float]]
     """Compare files of results/ with the last commit. tolerances: profile -> metric -> how far it may move."""
     result, runs_differ = Comparison(), False
     status = git("status", "--porcelain", "--no-renames", "-uall", "--", "results")
-    unchanged = set() if status is None else {*map(display, files)} - {line[3:] for line in status.splitlines()}
+    changed = {line.split(maxsplit=1)[1] for line in (status or "").splitlines()}
     for path in sorted(files, key=lambda p: "runs" not in p.parts):
         now = path.read_bytes()
-        before = now if display(path) in unchanged else committed(path)
+        before = committed(path) if status is None or display(path) in changed else now
         if before is None:
             result.new.append(display(path))
         elif "runs" not in path.parts:

@@ -71,9 +71,9 @@ figures: env ## every figure of PROFILE as PNG and PDF in build/figures (NB=04: 
 test: env ## the tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
-lint: env ## ruff and mypy, as pre-commit runs them
+lint: env ## ruff, mypy and who may import whom, as pre-commit runs them
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-dev.txt
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
 lab: env ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

@@ -6,8 +6,10 @@ included. Times are medians of ratios, cases and products interleaved in one pro
 highest resident size during a step, less that before it and less dW, in a process for each case.
 """
 
+import argparse
 import gc
 import json
+import math
 import os
 import shutil
 import statistics
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvrepro.determinism import ENVIRONMENT
 from mvrepro.errors import UserError
+from mvrepro.files import ROOT, display, write_json
 from mvrepro.heads.margin import MarginHead
 from mvrepro.heads.sweep import free_memory
+from mvrepro.provenance import provenance
 
 LOSS = "MV-AM-Softmax-a"
 SHAPES = [  # B, K, D of the committed file: growth with B at the shape of notebook 11's bars, and with K
@@ -154,7 +160,7 @@ class Products:
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     wait()
     started = time.perf_counter()
     step()
@@ -179,9 +185,10 @@ def busy_seconds() -> tuple[float, float]:
 def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
     """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once.
 
-    A round during which other processes took more than a tenth of a core doesn't count, as long as three that count
-    come together within ten times the budget; `disturbed` says where they didn't and all rounds count.
+    On a CPU, a round during which other processes took more than a tenth of a core doesn't count, as long as three that
+    count come together within ten times the budget; `disturbed` says where they didn't and all rounds count.
     """
+    on_cpu = device.startswith("cpu")
     products = Products(*shape, device, dtype)
     steps: dict[str, Step] = {}
     for case in cases:
@@ -203,7 +210,7 @@ def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype
             took[case] = seconds(steps[case], device)
             steps[case].clear()
         rounds.append((others(began, before), took))
-        quiet = [took for busy, took in rounds if busy <= 0.1]
+        quiet = [took for busy, took in rounds if busy <= 0.1 or not on_cpu]
     counted = quiet if len(quiet) >= 3 else [took for _, took in rounds]
     found = {}
     for case in cases:
@@ -226,10 +233,10 @@ def memory(case: str, shape: tuple[int, int, int], device: str, dtype: str) -> d
     gc.collect()
     dW = sum(p.nbytes for p in step.head.parameters())
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         step()
-        peak = everything = torch.cuda.max_memory_allocated()
+        peak = everything = torch.cuda.max_memory_allocated(device)
     else:
         everything = _resident("VmHWM")
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
@@ -268,14 +275,16 @@ def measure(
     with_memory: bool,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """One entry a shape: B, K, D, products_ms, rounds, cases and what was skipped, for want of memory."""
+    """One entry a shape: B, K, D, products_ms, rounds, cases and what was skipped, for want of memory.
+
+    Raises UserError, before anything is measured, for a shape of which not even the products fit.
+    """
     found = []
     itemsize = getattr(torch, dtype).itemsize
-    for shape in shapes:
+    room = {shape: _room(shape, device, itemsize) for shape in shapes}
+    for shape, free in room.items():
         B, K, D = shape
-        free = free_memory(torch.device(device))
-        room = 0.8 * free - itemsize * K * (B + 3 * D)  # the products' matrices, and W twice
-        skipped = [case for case in cases if need(case, *shape, itemsize) > room]
+        skipped = [case for case in cases if need(case, *shape, itemsize) > free]
         chosen = [case for case in cases if case not in skipped]
         say(f"B {B}, K {K:,}, D {D}" + (f" (too little memory for {', '.join(skipped)})" if skipped else ""))
         entry: dict[str, Any] = {"B": B, "K": K, "D": D, "skipped": skipped}
@@ -284,6 +293,112 @@ def measure(
             entry["cases"][case] |= apart("memory", case, shape, device, dtype, threads=threads)
         found.append(entry)
     return found
+
+
+def _room(shape: tuple[int, int, int], device: str, itemsize: int) -> float:
+    """Bytes that a case may take beside the products' matrices, and W twice; no end of them where nothing tells."""
+    B, K, D = shape
+    free = free_memory(torch.device(device)) or math.inf
+    products = itemsize * K * (B + 3 * D)
+    if products > 0.8 * free:
+        raise UserError(
+            f"B {B:,}, K {K:,}, D {D:,} takes {products / 2**30:,.1f} GiB for the bare products alone, and "
+            f"{free / 2**30:,.1f} GiB are free: fewer --classes or a smaller --dim"
+        )
+    return 0.8 * free - products
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "example:\n  python -m benchmarks head --batch 128 --classes 86876 --dim 512\n"
+        "takes about a minute a shape on two idle cores; the ten shapes of the committed file 15 minutes and 6 GB."
+    )
+    parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="with --classes: every B with every K")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="K", help="default: the shapes of the committed file")
+    parser.add_argument("--dim", type=int, default=512, metavar="D", help="dimensions of an embedding (default: 512)")
+    parser.add_argument("--cases", nargs="+", help=f"only these (default: all): {'; '.join(CASES)}")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of x and W")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    parser.add_argument("--seconds", type=float, default=30, help="for the times of one shape, about (default: 30)")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--out", type=Path, help="where the record goes (default: scratch/bench/head.json)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    for name in ENVIRONMENT:  # what makes bits repeatable makes products slow; those that measure start from here
+        os.environ.pop(name, None)
+    _check(arguments)
+    absent = missing()
+    cases = [case for case in arguments.cases or CASES if case not in absent]
+    for case, why in absent.items():
+        print(f"{case} is left out: {why}")
+    shapes = [(B, K, arguments.dim) for B in arguments.batch or () for K in arguments.classes or ()] or SHAPES
+    measured = measure(
+        shapes,
+        cases,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        budget=arguments.seconds,
+        with_memory=not arguments.no_memory,
+        say=lambda text: print(text, flush=True),
+    )
+    out = (arguments.out or ROOT / "scratch" / "bench" / "head.json").absolute()
+    record = {"kind": "measured", "loss": LOSS, "dtype": arguments.dtype, "left_out": absent, "shapes": measured}
+    write_json(out, _rounded(record) | {"provenance": provenance(started, arguments.device, arguments.threads)})
+    for entry in measured:
+        print(table(entry))
+    print(f"wrote {display(out)}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options out of range, before anything is measured."""
+    if bool(arguments.batch) != bool(arguments.classes):
+        raise UserError("--batch and --classes belong together")
+    for name, least in {"batch": 1, "classes": 2, "dim": 1, "threads": 1, "seconds": 0}.items():
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise UserError(f"--{name} must be a number >= {least}, got {value}")
+    unknown = sorted(set(arguments.cases or ()) - set(CASES))
+    if unknown:
+        raise UserError(f"unknown cases {', '.join(unknown)}; known are: {'; '.join(CASES)}")
+    try:
+        torch.ones(1, device=arguments.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {arguments.device} can't be used: {reason}") from None
+
+
+def table(entry: dict[str, Any]) -> str:
+    """One shape, a line a case."""
+    dense = entry["cases"].get("dense", {}).get("ms")
+    lines = [
+        f"\nB {entry['B']}, K {entry['K']:,}, D {entry['D']}: three bare products take {entry['products_ms']:.1f} ms "
+        f"(median of {entry['rounds']} rounds{', disturbed by other processes' if entry['disturbed'] else ''})",
+        f"  {'':22}{'ms':>9}  × products      quartiles  × dense  beyond dW   in all (MiB)",
+    ]
+    for case, found in entry["cases"].items():
+        quartiles = f"{found['low']:.2f} … {found['high']:.2f}"
+        line = f"  {case:22}{found['ms']:9.1f}  {found['ratio']:10.2f}  {quartiles:>13}"
+        line += f"  {found['ms'] / dense:7.2f}" if dense else f"  {'–':>7}"
+        if "beyond_dw_mib" in found:
+            line += f"  {found['beyond_dw_mib']:9.1f}  {found['in_all_mib']:7.0f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits are more than a measurement of time holds."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

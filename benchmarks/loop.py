@@ -1,24 +1,47 @@
 """What head, loss, data and loop cost on top of the backbone's bare forward and backward pass."""
 
+import argparse
 import statistics
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.head import busy_seconds, others, seconds
-from mvrepro.files import display, write_json
-from mvrepro.provenance import provenance
-from mvrepro.training.batches import Feed, normalised
-from mvrepro.training.config import ScaleConfig, rate
-from mvrepro.training.loop import prepare
-from mvrepro.training.ranks import Ranks
+from mvrepro.commands import train as door
+from mvrepro.errors import UserError
+from mvrepro.files import ROOT, display, write_json
+from mvrepro.training.config import TrainConfig, check, rate
 
 
-def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[str, Any]:
-    """Rounds of the whole loop and of the bare passes, one after the other in this process; OUT/overhead.json.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    door.add_settings(parser, profile="paper")
+    parser.epilog = (
+        "example: python -m benchmarks loop --data synthetic --synthetic-classes 72690 --backbone mobilefacenet "
+        "--batch-size 64 --workers 0"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="of the loop and of the bare passes (default: 9)")
+    text = "where the record goes (default: scratch/bench/loop.json)"
+    parser.add_argument("--out", type=Path, default=ROOT / "scratch" / "bench" / "loop.json", help=text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = door.options(arguments)
+    check(config)
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds must be 1 or more, got {arguments.rounds}")
+    door.set_environment(config)
+    from mvrepro.training.ranks import joined
+
+    with joined(config) as ranks:
+        record = measure(config, ranks, arguments.rounds)
+        if ranks.rank == 0:
+            write_json(arguments.out.absolute(), record)
+            print(f"{sentence(record)}\nwrote {display(arguments.out.absolute())}")
+    return 0
+
+
+def measure(config: TrainConfig, ranks: Any, rounds: int) -> dict[str, Any]:
+    """Rounds of the whole loop and of the bare passes, one after the other in this process.
 
     loop  config's own step: data, forward, head, backward, clipping, SGD
     bare  forward and backward of the same backbone on one batch that lies on the device already: no head, no
@@ -27,15 +50,24 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
     of the rounds' bare time over loop time, with quartiles. Two rounds come first and don't count. other_cores: how
     many the other processes of this machine kept busy, those that read images and other ranks among them.
     """
+    import torch
+
+    from benchmarks.head import busy_seconds, others, seconds
+    from mvrepro.provenance import provenance
+    from mvrepro.training.batches import Feed, normalised
+    from mvrepro.training.loop import prepare
+
     started = time.perf_counter()
-    images, order, network = prepare(config, ranks)
+    session = prepare(config, ranks)
+    network, order = session.network, session.order
     steps = max(1, 8 * config.workers)  # twice what the processes that read keep ready
     order.steps = (rounds + 2) * steps
-    feed = Feed(config, images.images, order, ranks)
+    feed = Feed(config, session.task.train, order, ranks)
     parts = config.accumulate
-    pixels = torch.randint(0, 256, (order.part, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    part = config.batch_size // (ranks.count * parts)
+    pixels = torch.randint(0, 256, (part, *network.shape), dtype=torch.uint8)
     pixels = normalised(pixels.to(ranks.device), config.channels_last)
-    gradient = torch.randn(order.part, config.embedding_dim, device=ranks.device)
+    gradient = torch.randn(part, config.embedding_dim, device=ranks.device)
     forward = torch.compile(network.backbone) if config.compile else network.backbone
 
     def whole(first: int) -> None:
@@ -61,11 +93,11 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
             found["others"].append(others(began, before))
             found["waiting"].append((feed.waited - waited) / loop)
     low, ratio, high = _quartiles([b / a for a, b in zip(found["loop"], found["bare"], strict=True)])
-    record = {
+    return {
         "kind": "measured",
         "config": config.decisive(),
         "workers": config.workers,
-        "sizes": {"classes": images.classes, "ranks": ranks.count, "steps_a_round": steps},
+        "sizes": {"classes": network.head.num_classes, "ranks": ranks.count, "steps_a_round": steps},
         "rounds": rounds,
         "loop_images_per_s": config.batch_size / statistics.median(found["loop"]),
         "bare_images_per_s": config.batch_size / statistics.median(found["bare"]),
@@ -75,11 +107,6 @@ def measure(config: ScaleConfig, ranks: Ranks, out: Path, rounds: int) -> dict[s
         "other_cores": statistics.median(found["others"]),
         "provenance": provenance(started, str(ranks.device), config.threads),
     }
-    with ranks.together():
-        if ranks.rank == 0:
-            write_json(out / "overhead.json", record)
-            ranks.say(f"wrote {display(out / 'overhead.json')}")
-    return record
 
 
 def sentence(record: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,6 +76,47 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise UserError(f"{display(path)} can't be read: {error}") from None
+
+
+def read_lines(path: Path, *, empty: bool = False) -> list[tuple[int, str]]:
+    """The lines of a text list that hold something, one at least unless `empty`, with their numbers from 1.
+
+    Byte-order marks, any line ends and blanks around a line don't count, and names are in NFC, so that what looks the
+    same is the same. Raises UserError for what can't be read or isn't UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+        text = unicodedata.normalize("NFC", content.decode().replace("\ufeff", ""))
+    except OSError as error:
+        raise UserError(f"{path} can't be read as a list: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8, {error.reason}") from None
+    ends = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = [(number, line.strip()) for number, line in enumerate(ends, 1) if line.strip()]
+    if not lines and not empty:
+        raise UserError(f"{path}: the list is empty")
+    return lines
+
+
+def read_column(path: Path, once: Callable[[str], str] | None = None, *, empty: bool = False) -> list[str]:
+    """The lines of a list of which each stands for something: an empty one between others is an error, and so are
+    two that are the same by `once`, where it is given."""
+    lines = read_lines(path, empty=empty)
+    for expected, (number, _) in enumerate(lines, 1):
+        if number != expected:
+            raise UserError(f"{path}, line {expected}: empty; each line of this list stands for something")
+    if once:
+        check_once(path, ((number, once(line)) for number, line in lines))
+    return [line for _, line in lines]
+
+
+def check_once(path: Path, numbered: Iterable[tuple[int, str]]) -> None:
+    """Raises UserError that names both lines of a list (number, text) in which a text stands twice."""
+    first: dict[str, int] = {}
+    for number, text in numbered:
+        if first.setdefault(text, number) != number:
+            raise UserError(f"{path}, lines {first[text]} and {number}: {text} stands there twice")
 
 
 def sweep(folder: Path) -> None:

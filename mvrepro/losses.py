@@ -7,9 +7,9 @@ Symbols, with the shapes that the code uses (B samples, K classes, D dimensions)
     cosθ_k (B, K)  u·v_k;  y is the label, θ_y the angle to its own class
     s              the scale that multiplies every cosine
 
-Equation numbers follow the order in which the paper introduces its equations; L1 to L4 are its own
-names for the first four ("Mis-classified Vector Guided Softmax Loss for Face Recognition", AAAI
-2020, arXiv 1912.00833; definitions as in the authors' code, see paper/published.toml).
+Equation numbers follow the order in which the paper introduces its equations; L1 to L4 are its own names for the first
+four ("Mis-classified Vector Guided Softmax Loss for Face Recognition", AAAI 2020, arXiv 1912.00833; definitions as in
+the authors' code, see paper/published.toml).
 
     Eq. 1  L1 = −log e^{s cosθ_y} / (e^{s cosθ_y} + Σ_{k≠y} e^{s cosθ_k})             Softmax
     Eq. 2  L2 = −g(p_y) log p_y                                                       mining
@@ -25,6 +25,7 @@ mvrepro.heads puts them to work on embeddings and class weights.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ DEFAULT_MARGIN = {"cos": 0.0, "A": 2.0, "AM": 0.35, "Arc": 0.5}
 def sine(cos: Tensor) -> Tensor:
     """sinθ from cosθ, with a finite slope everywhere.
 
-    The slope −cosθ/sinθ is infinite at θ = 0 and π. Within rounding of those points (1 − cos²θ
-    below the dtype's epsilon) the sine is 0 and so is its slope.
+    The slope −cosθ/sinθ is infinite at θ = 0 and π. Within rounding of those points (1 − cos²θ below the dtype's
+    epsilon) the sine is 0 and so is its slope.
     """
     eps = torch.finfo(cos.dtype).eps
     square = (1 - cos) * (1 + cos)
@@ -81,10 +82,9 @@ def sine(cos: Tensor) -> Tensor:
 def combined_margin(cos: Tensor, m1: float = 1.0, m2: float = 0.0, m3: float = 0.0) -> Tensor:
     """Eq. 3: f = cos(m1 θ + m3) − m2, of cosθ in any shape.
 
-    m1 > 1 is A-Softmax: past π the cosine would rise again, so it is continued downwards as
-    (−1)^k cos φ − 2k with k = floor(φ/π), φ = m1 θ + m3 (SphereFace, arXiv 1704.08063, section 3.2).
-    m2 is the margin of the cosine (AM-Softmax), m3 that of the angle (Arc-Softmax), as in this
-    paper; InsightFace numbers those two the other way round.
+    m1 > 1 is A-Softmax: past π the cosine would rise again, so it is continued downwards as (−1)^k cos φ − 2k with
+    k = floor(φ/π), φ = m1 θ + m3 (SphereFace, arXiv 1704.08063, section 3.2). m2 is the margin of the cosine
+    (AM-Softmax), m3 that of the angle (Arc-Softmax), as in this paper; InsightFace numbers them the other way round.
     """
     sin = sine(cos)
     if m1 == 1.0:  # cos(θ + m3) by the addition theorem: no arccos, whose slope is infinite at 0
@@ -119,9 +119,8 @@ def indicator(f: Tensor, cos: Tensor) -> Tensor:
 def emphasise(h: str, cos: Tensor, t: float | Tensor, *, stop_gradient: bool = False) -> Tensor:
     """Eqs. 7 and 8: what a marked cosθ_k becomes; s times it is the exponent of h e^{s cosθ_k}.
 
-    stop_gradient: the t cosθ_k of Eq. 8 is a number to the backward pass, so a marked class is pushed
-    with the strength of its probability and not 1 + t times that. Raises ValueError for another h than
-    "fixed" and "adaptive".
+    stop_gradient: the t cosθ_k of Eq. 8 is a number to the backward pass, so a marked class is pushed with the strength
+    of its probability and not 1 + t times that. Raises ValueError for another h than "fixed" and "adaptive".
     """
     if h == "fixed":
         return cos + t
@@ -152,3 +151,9 @@ def normalise(x: Tensor) -> Tensor:
     """Rows of x (N, D) at length 1. A row whose squared length rounds to 0 becomes 0 and gets no gradient."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / torch.where(norm == 0, math.inf, norm)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MarginHead":
+        raise ImportError("mvrepro.losses.MarginHead is mvrepro.heads.MarginHead now")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

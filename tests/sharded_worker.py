@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from itertools import product
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -125,7 +126,7 @@ def sampled_negatives():
             x, _, y = draw(seed, torch.float64)
             before = all_rows(many.weight.detach())
             loss, dx, dW = step(many, own(x), own(y))
-            kept = all_rows(many.sampled + many.first)
+            kept = all_rows(many.sampled + many.first).sort().values
             mine = y.unique()
             mine = mine[(mine >= many.first) & (mine < many.first + len(many.weight))]
             assert len(many.sampled) == max(2, len(mine), int(0.4 * len(many.weight)))
@@ -167,6 +168,9 @@ def weights():
     rows = all_rows(head.weight.detach())
     assert len(rows) == K and len(rows.unique(dim=0)) == K, "ranks began with the same weights"
     assert len({int(n) for n in all_rows(torch.tensor([len(head.weight)]))}) <= 2
+    torch.manual_seed(4)
+    other = all_rows(ShardedHead("Softmax", D, K).weight.detach())
+    assert len(torch.cat([rows, other]).unique(dim=0)) == 2 * K, "a seed's rank began with another seed's weights"
     full = head.full_weight()
     assert (full is None) == (head.rank != 0) and (full is None or torch.equal(full, rows))
     fresh = ShardedHead("Softmax", D, K)
@@ -174,6 +178,47 @@ def weights():
     assert torch.equal(fresh.weight, head.weight)
     assert head.state_dict()["weight"].shape == (len(head.weight), D)
     assert f"on rank {head.rank} of {head.ranks}" in repr(head)
+
+
+def watch():
+    """Of the first 256 samples of each rank, and of more classes than one chunk has."""
+    classes, counts = 9000, {1: [300], 2: [300, 5], 4: [9, 270, 1, 5]}[dist.get_world_size()]
+    random = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(rows, D, generator=random) for rows in (sum(counts), classes))
+    y = torch.randint(0, classes, (len(x),), generator=random)
+    x += 2 * W[y]
+    seen = torch.cat([rows[:256] for rows in torch.arange(len(x)).split(counts)])
+    own = torch.arange(len(x)).split(counts)[dist.get_rank()]
+    for name, dtype in product(("Softmax", "A-Softmax", "MV-Arc-Softmax-a"), (torch.float32, torch.bfloat16)):
+        many, one = ShardedHead(name, D, classes), MarginHead(name, D, classes)
+        many.load_full_weight(W)
+        with torch.no_grad():
+            one.weight.copy_(W)
+        found, expected = many.watch(x[own].to(dtype), y[own]), one.watch(x[seen].to(dtype), y[seen])
+        assert found.keys() == expected.keys() and found["target_cosine"] > 0.5
+        assert all(abs(found[what] - expected[what]) < 3e-6 for what in found), (found, expected)
+
+
+def memory():
+    """What a full memory raises in an exchange is no word about the other ranks."""
+    head = ShardedHead("Softmax", D, K)
+    x, _, y = draw(0, torch.float32)
+    for error, kind in [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"), torch.OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), RuntimeError),
+        (dist.DistBackendError("NCCL error: ncclUnhandledCudaError, 'out of memory'"), dist.DistBackendError),
+        (RuntimeError("expected two tensors of one shape"), RuntimeError),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), ConnectionError),
+        (dist.DistNetworkError("the client socket has timed out"), ConnectionError),
+    ]:
+        with mock.patch.object(dist, "all_reduce", side_effect=error):
+            try:
+                step(head, own(x), own(y))
+            except (RuntimeError, OSError) as raised:
+                assert type(raised) is kind, (raised, kind)
+                assert ("lost contact" in str(raised)) == (kind is ConnectionError)
+            else:
+                raise AssertionError("nothing was raised")
 
 
 def errors():

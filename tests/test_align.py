@@ -119,15 +119,96 @@ def test_preparing_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 
 def test_what_can_not_be_prepared_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no photos there"):
-        align.prepare(tmp_path, tmp_path / "out", detect=lambda photo: [])
-    (tmp_path / "a.jpg").write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"a\.jpg can't be read as an image"):
-        align.prepare(tmp_path, tmp_path / "out", detect=lambda photo: [])
-    (tmp_path / "a.png").write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"two photos would become the same \.jpg"):
-        align.prepare(tmp_path, tmp_path / "out", detect=lambda photo: [])
-    assert not (tmp_path / "out").exists()
+    raw = tmp_path / "raw"
+    raw.mkdir()
+
+    def prepare(out: Path = tmp_path / "out", message: str = "") -> None:
+        with pytest.raises(UserError, match=message):
+            align.prepare(raw, out, detect=lambda photo: [])
+
+    prepare(message="no photos there")
+    (raw / "a.jpg").write_bytes(b"junk")
+    prepare(message=r"none of the 1 photos can be read, such as .*a\.jpg can't be read as an image")
+    for out in (raw, raw / "aligned"):  # its crops would be photos the next time
+        prepare(out, message="lies in .*raw, which is read: choose another place")
+    (raw / "a.png").write_bytes(b"junk")
+    prepare(message=r"two photos would become the same \.jpg, .*/raw/a\.jpg and .*/raw/a\.png: rename one")
+    (raw / "a.png").unlink()
+    (raw / os.fsdecode(b"Mu\xf1oz.jpg")).write_bytes(b"junk")
+    prepare(message=r"the name of 'Mu\\udcf1oz\.jpg' is not in UTF-8: rename")
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def face(photo: np.ndarray) -> list[align.Face]:
+    return [align.Face(0.9, (0, 0, 60, 60), align.TEMPLATE), align.Face(0.9, (50, 60, 40, 40), align.TEMPLATE + 20)]
+
+
+def test_what_changed_is_prepared_anew(tmp_path: Path) -> None:
+    """Another face is asked for, or the photo is another one: the crop of an earlier call is not kept for it."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    make_photos(raw)
+
+    def prepare(pick: str = "centre") -> dict[str, int]:
+        counts = align.prepare(raw, out, pick=pick, detect=face)
+        return {name: counts[name] for name in ("known", "aligned")}
+
+    assert [prepare(), prepare(), prepare("largest"), prepare("largest")] == [
+        {"known": 0, "aligned": 3},
+        {"known": 3, "aligned": 0},
+        {"known": 0, "aligned": 3},
+        {"known": 3, "aligned": 0},
+    ]
+    assert "\t38.3\t" in (out / "landmarks.tsv").read_text()  # the large one's eye, not the central one's
+    photo, crop = raw / "C/none.jpg", out / "images/C/none.jpg"
+    before, state = crop.read_bytes(), photo.stat()
+    Image.fromarray(np.full((150, 200, 3), 5, np.uint8)).save(photo)
+    os.utime(photo, ns=(state.st_atime_ns, state.st_mtime_ns - 10**9))  # as a copy that keeps its time
+    assert prepare("largest") == {"known": 2, "aligned": 1}
+    assert crop.read_bytes() != before
+    photo.write_bytes(b"junk")
+    assert align.prepare(raw, out, pick="largest", detect=face)["passed over"] == 1
+    assert not crop.exists()  # it was another photo's
+
+
+def test_photos_that_can_not_be_read_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    make_photos(raw)
+    whole = (raw / "C/none.jpg").read_bytes()
+    (raw / "C/half.jpg").write_bytes(whole[: len(whole) // 2])
+    (raw / "C/gone.jpg").symlink_to("nowhere")
+    (raw / "__MACOSX").mkdir()
+    (raw / "__MACOSX/._a.jpg").write_bytes(b"junk")
+    (raw / "C/up").symlink_to(raw)
+    for _ in range(2):  # they are tried again, and the others are known
+        counts = align.prepare(raw, out, detect=face, bad_limit=3)
+        assert counts["passed over"] == 3 and counts["known"] + counts["aligned"] == 3
+        listed = (out / "passed_over.txt").read_text().splitlines()
+        assert [line.split(":")[0].split(" can't")[0] for line in listed] == [
+            str(raw / place) for place in ("C/up", "C/gone.jpg", "C/half.jpg")
+        ]
+        assert len((out / "landmarks.tsv").read_text().splitlines()) == 3
+    with pytest.raises(
+        UserError, match=r"3 photos can't be read, more than the limit of 2 .*the last: .*half\.jpg can"
+    ):
+        align.prepare(raw, out, detect=face, bad_limit=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_that_is_stored_turned_is_seen_upright(tmp_path: Path, orientation: int) -> None:
+    """As telephones store them: the tag says how it is to be turned."""
+    ways = Image.Transpose
+    stored = [None, ways.FLIP_LEFT_RIGHT, ways.ROTATE_180, ways.FLIP_TOP_BOTTOM, ways.TRANSPOSE, ways.ROTATE_90,
+              ways.TRANSVERSE, ways.ROTATE_270][orientation - 1]  # fmt: skip
+    upright = np.zeros((40, 60, 3), np.uint8)
+    upright[:10, :10], upright[:10, 50:], upright[30:, :10] = 255, 150, 80
+    photo = Image.fromarray(upright)
+    tag = Image.Exif()
+    tag[274] = orientation
+    (tmp_path / "raw").mkdir()
+    (photo if stored is None else photo.transpose(stored)).save(tmp_path / "raw/a.png", exif=tag)
+    seen = []
+    align.prepare(tmp_path / "raw", tmp_path / "out", detect=lambda pixels: seen.append(pixels) or [])
+    assert np.array_equal(seen[0], upright)
 
 
 @needs_photos

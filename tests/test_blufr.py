@@ -124,7 +124,7 @@ def edit(line: int, text: str | None):
     ("kind", "change", "message"),
     [
         ("test", Path.unlink, r"test_set\.txt: no such file"),
-        ("probe", lambda path: path.write_bytes(b"\xff\xfe"), r"probe_set\.txt: can't be read as text"),
+        ("probe", lambda path: path.write_bytes(b"\xff\xfe"), r"probe_set\.txt, line 1: not UTF-8"),
         (
             "gallery",
             lambda path: path.write_text(""),

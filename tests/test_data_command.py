@@ -2,10 +2,13 @@
 
 import hashlib
 import io
+import os
 import sys
 import tarfile
 import types
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,14 +18,14 @@ from mvrepro import images
 from mvrepro.__main__ import main
 from mvrepro.commands.data import histogram
 from mvrepro.errors import UserError
-from mvrepro.images import fetch, source
+from mvrepro.images import align, fetch, storage
 
 PEOPLE = {"Ann_Lee": 1, "Bo": 5, "george  BUSH": 2}
 
 
 @pytest.fixture
 def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(source, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(storage, "LOCAL", tmp_path / "local")
     for number, (name, count) in enumerate(PEOPLE.items()):
         (tmp_path / "people" / name).mkdir(parents=True)
         for i in range(count):
@@ -82,13 +85,76 @@ def test_overlap_states_its_rule_and_finds_them(
     assert "expected a folder for each person" in call(capsys, "overlap", tmp_path / "empty", others, code=1)
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_overlap_and_convert_know_one_name_in_all_its_forms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: Literal["NFC", "NFD"]
+) -> None:
+    monkeypatch.setattr(storage, "LOCAL", tmp_path / "local")
+    ours, theirs = (unicodedata.normalize(f, "Zoë_Åberg") for f in (form, "NFD" if form == "NFC" else "NFC"))
+    for name in (ours, "Bo_Po"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (112, 112)).save(tmp_path / "set" / name / "1.jpg")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "plain.txt").write_text(f"Cy\r\n{theirs} \r\n", encoding="utf-8-sig")
+    (lists / "people.txt").write_text(f"2\n2\nCy\t601\n{theirs}\t1\n2\nDee\t2\nEd\t601\n")  # as LFW's: two parts
+    for path in sorted(lists.iterdir()):
+        assert "1 of the 2 names" in call(capsys, "overlap", tmp_path / "set", path, "--out", tmp_path / "shared.txt")
+        call(capsys, "convert", tmp_path / "set", tmp_path / path.stem, "--to", "rec", "--without", path)
+        call(capsys, "convert", tmp_path / "set", tmp_path / f"{path.stem}-shared", "--to", "tar", "--without", tmp_path / "shared.txt")  # fmt: skip  # noqa: E501
+        for out in (path.stem, f"{path.stem}-shared"):
+            assert images.open_images(tmp_path / out).classes == ["Bo_Po"]
+    (lists / "twice.txt").write_text(f"{ours}\nBo\n{theirs}\n")
+    assert "twice.txt, lines 1 and 3: " in call(capsys, "overlap", tmp_path / "set", lists / "twice.txt", code=1)
+
+
+def test_nobody_in_both_leaves_nobody_out(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "others.txt").write_text("Nobody_Here\n")
+    shared = tmp_path / "shared.txt"
+    assert "0 of the 3 names" in call(capsys, "overlap", people, tmp_path / "others.txt", "--out", shared)
+    printed = call(capsys, "convert", people, tmp_path / "out", "--to", "rec", "--without", shared)
+    assert printed == f"wrote 8 images of 3 people to {tmp_path / 'out'}; 0 people were left out\n"
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "the list is empty" in call(capsys, "overlap", people, tmp_path / "empty.txt", code=1)
+
+
+def test_nothing_is_written_into_what_is_read(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(people.rglob("*"))
+    for kind in ("folder", "tar", "rec"):
+        for out in (people, people / "new", tmp_path / "x" / ".." / "people" / "Bo"):
+            error = call(capsys, "convert", people, out, "--to", kind, code=1)
+            assert f"lies in {people}, which is read: choose another place" in error
+    assert sorted(people.rglob("*")) == before
+
+
+def test_a_name_that_is_not_utf8_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (b"Jos\xe9", b"Ann"):
+        (tmp_path / "set" / os.fsdecode(name)).mkdir(parents=True)
+        Image.new("RGB", (112, 112)).save(tmp_path / "set" / os.fsdecode(name) / "1.jpg")
+    for arguments in (("overlap", tmp_path / "set", tmp_path / "set", "--out", tmp_path / "s.txt"),
+                      ("overlap", tmp_path / "set", tmp_path / "set")):  # fmt: skip
+        assert "'Jos\\udce9' is no name in UTF-8" in call(capsys, *arguments, code=1)
+    assert not (tmp_path / "s.txt").exists()
+    (tmp_path / "set" / os.fsdecode(b"Jos\xe9") / "1.jpg").write_bytes(b"junk")
+    assert "1 images don't decode" in call(capsys, "inspect", tmp_path / "set", "--decode", code=1)
+
+
+def test_what_was_passed_over_is_said(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (people / "up").symlink_to(tmp_path)
+    said = f"1 folders were passed over\n{people / 'up'}: leads back to {tmp_path}\n"
+    assert said in call(capsys, "inspect", people)
+    assert said in call(capsys, "convert", people, tmp_path / "out", "--to", "tar")
+    assert images.open_images(tmp_path / "out").classes == ["Ann_Lee", "Bo", "george  BUSH"]
+
+
 def test_convert_there_and_back(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = call(capsys, "convert", people, tmp_path / "rec", "--to", "rec")
     assert printed == f"wrote 8 images of 3 people to {tmp_path / 'rec'}\n"
     call(capsys, "convert", tmp_path / "rec", tmp_path / "tar", "--to", "tar")
     call(capsys, "convert", tmp_path / "tar", tmp_path / "back", "--to", "folder")
     before, after = (images.open_images(path) for path in (people, tmp_path / "back"))
-    assert [before[i] for i in range(8)] == [after[i] for i in range(8)]
+    assert [before.content(i) for i in range(8)] == [after.content(i) for i in range(8)]
+    assert before.labels.tolist() == after.labels.tolist()
     assert before.classes == after.classes
     assert "is there already" in call(capsys, "convert", people, tmp_path / "rec", "--to", "rec", code=1)
 
@@ -108,12 +174,22 @@ def test_convert_leaves_people_out_by_name(people: Path, tmp_path: Path, capsys:
 
 
 def test_holes_stop_a_rec_and_can_be_closed(people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = images.Without(images.open_images(people), np.array([1]))
+    source = images.open_images(people).without(np.array([1]))
     images.write_tars(tmp_path / "holes", source)
     assert "1 of the class ids 0 … 2 have no image: 1" in call(capsys, "inspect", tmp_path / "holes")
     assert "--renumber" in call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", code=1)
     call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", "--renumber")
     assert images.open_images(tmp_path / "rec").classes == ["Ann_Lee", "george  BUSH"]
+
+
+def test_prepare_says_what_it_passed_over(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(align, "detector", lambda: lambda photo: [])
+    (people / "Bo" / "0.png").write_bytes(b"junk")
+    printed = call(capsys, "prepare", people, tmp_path / "out")
+    assert "7 without a face" in printed and "1 could not be read: see " in printed
+    assert "more than the limit of 0" in call(capsys, "prepare", people, tmp_path / "out", "--bad-limit", "0", code=1)
 
 
 def test_prepare_without_the_extra_says_what_to_install(

@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from mvrepro.errors import UserError
-from mvrepro.images import photographs
-from mvrepro.images.photographs import Faces
+from mvrepro.images import Files, Pairs, Pixels, photographs, storage
 
 SIZE = 8  # of the miniature's images; a pixel is the mean of 14×14
 LFW = {"Al_Z": 2, "Al_Z_Jr": 1, "Bo-Bo": 3, "D_B_Cy": 1}
@@ -69,7 +68,7 @@ def root(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A copy to damage, which MVREPRO_DATA names; the decoded pixels are kept in tmp_path."""
     copy = shutil.copytree(original, tmp_path / "data")
     monkeypatch.setenv("MVREPRO_DATA", str(copy))
-    monkeypatch.setattr(photographs, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(storage, "LOCAL", tmp_path / "local")
     return copy
 
 
@@ -79,7 +78,7 @@ def kept(tmp_path: Path) -> Callable[[], list[Path]]:
     return lambda: sorted((tmp_path / "local").rglob("*.*"))
 
 
-def pair_rows(pairs: photographs.Pairs) -> list[tuple[int, int, bool, int]]:
+def pair_rows(pairs: Pairs) -> list[tuple[int, int, bool, int]]:
     columns = (pairs.left, pairs.right, pairs.same, pairs.folds)
     assert [column.dtype for column in columns] == [np.int64, np.int64, np.bool_, np.int64]
     return list(zip(*(column.tolist() for column in columns), strict=True))
@@ -133,15 +132,21 @@ def test_what_is_no_jpeg_is_passed_over(root: Path) -> None:
     assert photographs.lfw(SIZE).names.tolist() == before.names.tolist()
 
 
-def test_where_sizes_and_images() -> None:
+def test_where_sizes_and_joined() -> None:
     people = np.array(["b", "a", "b", "c"])
-    some = Faces(np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1), np.array(["b1", "a1", "b2", "c1"]), people)
+    names = np.array(["b1", "a1", "b2", "c1"])
+    some = Pixels.of_people(np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1), people, names)
     assert some.sizes().tolist() == [2, 1, 2, 1]
-    images = some.images()
-    assert (images.ids.tolist(), images.ids.dtype) == ([1, 0, 1, 2], np.int64)
+    assert (some.labels.tolist(), some.labels.dtype, some.classes) == ([1, 0, 1, 2], np.int64, ["a", "b", "c"])
+    assert some.people.tolist() == people.tolist()
     rest = some.where(people != "a")
     assert (rest.pixels.ravel().tolist(), rest.names.tolist()) == ([0, 2, 3], ["b1", "b2", "c1"])
-    assert rest.images().ids.tolist() == [0, 0, 1]  # numbered anew, without a hole
+    assert (rest.labels.tolist(), rest.classes) == ([0, 0, 1], ["b", "c"])  # numbered anew, without a hole
+    both = rest.joined(some.where(people == "a"))
+    assert (both.people.tolist(), both.names.tolist()) == (["b", "b", "c", "a"], ["b1", "b2", "c1", "a1"])
+    assert (both.labels.tolist(), both.pixels.ravel().tolist()) == ([1, 1, 2, 0], [0, 2, 3, 1])
+    assert some.of(np.array([2, 0])).classes == ["c", "a"]
+    assert some.read(np.array([3, 1])).ravel().tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -259,11 +264,11 @@ PERSON, PHOTO, CFP_PHOTO, CELEBA_PHOTO = (
     "celeba/images/000003.jpg",
 )
 BAD_IMAGES = [
-    ("lfw", content_of(PHOTO, b""), r"Bo-Bo_0002\.jpg can't be read as an image: cannot identify"),
-    ("lfw", content_of(PHOTO, b"<html>Not found</html>"), r"Bo-Bo_0002\.jpg can't be read as an image: cannot iden"),
+    ("lfw", content_of(PHOTO, b""), r"Bo-Bo_0002\.jpg can't be read as an image: not an image"),
+    ("lfw", content_of(PHOTO, b"<html>Not found</html>"), r"Bo-Bo_0002\.jpg can't be read as an image: not an im"),
     ("lfw", content_of(PHOTO, jpeg(0)[:3000]), r"Bo-Bo_0002\.jpg can't be read as an image: .*truncated"),
     ("lfw", content_of(PHOTO, jpeg(0)[:300]), r"Bo-Bo_0002\.jpg can't be read as an image"),
-    ("lfw", content_of(PHOTO, jpeg(0, 250, 250)), r"Bo-Bo_0002\.jpg: 250×250 pixels, aligned faces are 112×112$"),
+    ("lfw", content_of(PHOTO, jpeg(0, 250, 250)), r"Bo-Bo_0002\.jpg: 250×250 pixels, expected 112×112$"),
     ("lfw", content_of(PHOTO, jpeg(0, 112, 111)), r"Bo-Bo_0002\.jpg: 112×111 pixels"),
     ("lfw", content_of(PHOTO, png_that_claims(112)), r"Bo-Bo_0002\.jpg can't be read as an image"),
     ("lfw", content_of(PHOTO, png_that_claims(30000)), r"Bo-Bo_0002\.jpg can't be read as an image: .*exceeds limit"),
@@ -308,7 +313,7 @@ BAD_SET_LISTS = [
     ("celeba", without(IDENTITY), r"identity\.txt can't be read as a list: No such file or directory$"),
     ("celeba", emptied(IDENTITY), r"identity\.txt can't be read as a list: Is a directory$"),
     ("cfp", replace_line(NAMES, 3, "Bo-Bo"), r"names\.txt, lines 1 and 3: bo-bo stands there twice$"),
-    ("cfp", replace_line(NAMES, 2, "", "Dee"), r"names\.txt, line 2: expected a name, got an empty line$"),
+    ("cfp", replace_line(NAMES, 2, "", "Dee"), r"names\.txt, line 2: empty; each line of this list stands for"),
     ("cfp", replace_line(NAMES, 3), r"images/003/frontal: names\.txt has no line for it$"),
     ("cfp", replace_line(NAMES, 3, "d b cy", "Flo"), r"names\.txt, line 4: Flo has no images in images/004/frontal$"),
     ("cfp", content_of(NAMES, b"\n \n"), r"names\.txt: the list is empty$"),
@@ -442,8 +447,8 @@ def test_without_the_data_the_message_says_where_they_are(
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The images that were opened."""
     opened: list[Path] = []
-    read = photographs._read
-    monkeypatch.setattr(photographs, "_read", lambda path, size: opened.append(path) or read(path, size))
+    read = Files.content
+    monkeypatch.setattr(Files, "content", lambda files, i: opened.append(files.path(i)) or read(files, i))
     return opened
 
 
@@ -536,11 +541,11 @@ needs_data = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Faces]]:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pixels]]:
     """All three, each image opened, at 4×4."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MVREPRO_DATA", str(REAL))
-        patch.setattr(photographs, "LOCAL", tmp_path_factory.mktemp("local"))
+        patch.setattr(storage, "LOCAL", tmp_path_factory.mktemp("local"))
         yield {name: getattr(photographs, name)(4) for name in SETS}
 
 
@@ -554,7 +559,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Faces]]
     ],
 )
 def test_real_counts(
-    real: dict[str, Faces], name: str, images: int, people: int, with_at_least: dict[int, int]
+    real: dict[str, Pixels], name: str, images: int, people: int, with_at_least: dict[int, int]
 ) -> None:
     found = real[name]
     assert (found.pixels.shape, found.pixels.dtype) == ((images, 3, 4, 4), np.uint8)
@@ -562,12 +567,12 @@ def test_real_counts(
     counts = np.unique(found.people, return_counts=True)[1]
     assert len(counts) == people
     assert {n: int((counts >= n).sum()) for n in with_at_least} == with_at_least
-    assert found.images().ids.max() == people - 1
+    assert found.labels.max() == people - 1
     assert found.pixels.std(0).min() > 5  # photographs, not one colour
 
 
 @needs_data
-def test_real_cfp_has_ten_frontal_and_four_profile_images_of_each(real: dict[str, Faces]) -> None:
+def test_real_cfp_has_ten_frontal_and_four_profile_images_of_each(real: dict[str, Pixels]) -> None:
     sides = [name.rpartition("/")[0] for name in real["cfp"].names.tolist()]
     assert {side: sides.count(side) for side in set(sides)} == {
         f"{person:03d}/{side}": count for person in range(1, 501) for side, count in (("frontal", 10), ("profile", 4))
@@ -575,7 +580,7 @@ def test_real_cfp_has_ten_frontal_and_four_profile_images_of_each(real: dict[str
 
 
 @needs_data
-def test_199_people_of_cfp_are_people_of_lfw_by_name_23_of_them_spelt_otherwise(real: dict[str, Faces]) -> None:
+def test_199_people_of_cfp_are_people_of_lfw_by_name_23_of_them_spelt_otherwise(real: dict[str, Pixels]) -> None:
     ours, theirs = np.unique(real["cfp"].people), np.unique(real["lfw"].people)
     assert len(photographs.overlapping(ours, theirs)) == len(photographs.overlapping(theirs, ours)) == 199
     assert not photographs.overlapping(np.unique(real["celeba"].people), [*ours, *theirs])  # it has numbers only
@@ -595,7 +600,7 @@ def test_199_people_of_cfp_are_people_of_lfw_by_name_23_of_them_spelt_otherwise(
         pytest.param("cfp", lambda here, names: photographs.cfp_pairs("FP", names), 10, 350, id="FP"),
     ],
 )
-def test_real_pairs(real: dict[str, Faces], set_name: str, pairs_of: Any, folds: int, half: int) -> None:
+def test_real_pairs(real: dict[str, Pixels], set_name: str, pairs_of: Any, folds: int, half: int) -> None:
     found, pairs = real[set_name], pairs_of(Path(str(REAL)), real[set_name].names)
     assert np.array_equal(found.people[pairs.left] == found.people[pairs.right], pairs.same)
     assert (pairs.left != pairs.right).all()
@@ -607,7 +612,7 @@ def test_real_pairs(real: dict[str, Faces], set_name: str, pairs_of: Any, folds:
 
 
 @needs_data
-def test_fp_pairs_a_frontal_with_a_profile_and_ff_two_frontal_images(real: dict[str, Faces]) -> None:
+def test_fp_pairs_a_frontal_with_a_profile_and_ff_two_frontal_images(real: dict[str, Pixels]) -> None:
     side = np.array([name.split("/")[1] for name in real["cfp"].names.tolist()])
     for kind, second in (("FF", "frontal"), ("FP", "profile")):
         pairs = photographs.cfp_pairs(kind, real["cfp"].names)
@@ -616,7 +621,7 @@ def test_fp_pairs_a_frontal_with_a_profile_and_ff_two_frontal_images(real: dict[
 
 
 @needs_data
-def test_view_1_tests_people_of_view_2_so_settings_are_not_chosen_there(real: dict[str, Faces]) -> None:
+def test_view_1_tests_people_of_view_2_so_settings_are_not_chosen_there(real: dict[str, Pixels]) -> None:
     people = real["lfw"].people
     seen = []
     for name in ("pairsDevTest.txt", "pairs.txt"):

@@ -7,10 +7,12 @@ face2rec2.py: `by_hand` below writes it with nothing of mvrepro.images.
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from PIL import Image
 
 from mvrepro import images
 from mvrepro.errors import UserError
-from mvrepro.images import recordio, source
+from mvrepro.images import recordio, storage
 
 SIZE = 16
 IDS = [0, 0, 0, 1, 2, 2]
@@ -30,7 +32,7 @@ IDS = [0, 0, 0, 1, 2, 2]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(source, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(storage, "LOCAL", tmp_path / "local")
     return tmp_path / "local" / "formats"
 
 
@@ -45,23 +47,10 @@ IMAGES = [image(seed) for seed in range(len(IDS))]
 PAIRS = list(zip(IMAGES, IDS, strict=True))
 
 
-class Memory(images.Source):
+def memory(items: list[tuple[bytes, int]]) -> images.Memory:
     """A source out of a list."""
-
-    def __init__(self, items: list[tuple[bytes, int]]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        return self.items[i]
-
-    def labels(self) -> np.ndarray:
-        return np.array([label for _, label in self.items])
-
-    def where(self, i: int) -> str:
-        return f"image {i}"
+    contents, labels = zip(*items, strict=True)
+    return images.Memory(list(contents), np.array(labels), "a list")
 
 
 def record(content: bytes) -> bytes:
@@ -96,9 +85,8 @@ def insightface(aligned: bool = True) -> list[tuple[int, bytes]]:
     return records
 
 
-def items(source: images.Source) -> list[tuple[bytes, int]]:
-    assert source.labels().tolist() == [source[i][1] for i in range(len(source))]
-    return [source[i] for i in range(len(source))]
+def items(source: images.Encoded) -> list[tuple[bytes, int]]:
+    return [(source.content(i), int(source.labels[i])) for i in range(len(source))]
 
 
 # RecordIO
@@ -111,11 +99,10 @@ def test_a_set_of_insightface_is_read(tmp_path: Path, aligned: bool, index: bool
     for asked in (path, path.parent, str(path.parent)):
         source = images.open_images(asked)
         assert isinstance(source, images.Records)
-        assert source.header == (7, 10)
         assert items(source) == PAIRS
-        assert source[-1] == PAIRS[-1]
+        assert source.content(-1) == PAIRS[-1][0]
         with pytest.raises(IndexError):
-            source[6]
+            source.content(6)
 
 
 @pytest.mark.parametrize("index", [True, False], ids=["with .idx", "without"])
@@ -178,7 +165,7 @@ def test_frames_are_what_a_reader_of_frames_reads(content: bytes) -> None:
 def test_what_is_written_is_what_insightface_writes(tmp_path: Path) -> None:
     path = tmp_path / "out" / "train.rec"
     shuffled = [PAIRS[i] for i in (4, 0, 3, 1, 5, 2)]
-    images.write_rec(path, Memory(shuffled))
+    images.write_rec(path, memory(shuffled))
     assert sorted(items(images.open_images(path)), key=lambda p: IMAGES.index(p[0])) == PAIRS
     read = dict(insightface(aligned=False))  # by key: ours sorts by class, and so does this
     lines = [tuple(map(int, line.split())) for line in path.with_suffix(".idx").read_text().splitlines()]
@@ -194,29 +181,69 @@ def test_what_is_written_is_what_insightface_writes(tmp_path: Path) -> None:
 
 
 def test_writing_over_a_set_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.rec"
-    images.write_rec(path, Memory(PAIRS))
+    path = tmp_path / "set" / "train.rec"
+    images.write_rec(path, memory(PAIRS))
     before = path.read_bytes()
     with pytest.raises(UserError, match="is there already"):
-        images.write_rec(path, Memory(PAIRS[:2]))
+        images.write_rec(path, memory(PAIRS[:2]))
     path.unlink()
-    with pytest.raises(UserError, match=r"train\.idx is there already"):
-        images.write_rec(path, Memory(PAIRS[:2]))
+    with pytest.raises(UserError, match="is there already"):
+        images.write_rec(path, memory(PAIRS[:2]))
     assert len(before) and not path.exists()
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    class Broken(Memory):
-        def __getitem__(self, i: int) -> tuple[bytes, int]:
+    class Broken(images.Memory):
+        def content(self, i: int) -> bytes:
             if i == 3:
                 raise UserError("no more")
-            return super().__getitem__(i)
+            return super().content(i)
+
+    broken = Broken(IMAGES, np.array(IDS), "a list")
 
     with pytest.raises(UserError, match="no more"):
-        images.write_rec(tmp_path / "out" / "train.rec", Broken(PAIRS))
+        images.write_rec(tmp_path / "out" / "train.rec", broken)
     with pytest.raises(UserError, match="no more"):
-        images.write_tars(tmp_path / "tars", Broken(PAIRS))
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+        images.write_tars(tmp_path / "tars", broken)
+    assert [p.name for p in tmp_path.iterdir()] == ["local"]  # with what is kept, the lock among it
+
+
+KILLED = """
+import os, signal, sys; from pathlib import Path; from mvrepro import images; from mvrepro.images import storage
+storage.LOCAL = Path(sys.argv[2]); source = images.open_images(sys.argv[1]); content = source.content
+source.content = lambda i: os.kill(os.getpid(), signal.SIGKILL) if i == 5 else content(i)
+{write}
+"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "images.write_tars(Path(sys.argv[3]), source, shard_size=2)",
+        "images.write_folder(Path(sys.argv[3]), source)",
+        "images.write_rec(Path(sys.argv[3], 'train.rec'), source)",
+    ],
+    ids=["tar", "folder", "rec"],
+)
+def test_a_set_is_whole_or_not_there(tmp_path: Path, write: str) -> None:
+    """A writer that is killed leaves nothing that opens as a smaller set; the same call again writes all of it."""
+    people, out = make_folder(tmp_path / "people"), tmp_path / "sets" / "out"
+    code = KILLED.format(write=write)
+    call = [sys.executable, "-c", code, str(people), str(tmp_path / "kept"), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(Path(images.__file__).parents[2])}
+    assert subprocess.run(call, env=environment, check=False).returncode == -9
+    assert not out.exists()
+    left = [p.name for p in out.parent.iterdir()]  # aside, and hidden
+    assert left == [".writing-out"]
+    with pytest.raises(UserError, match="found none"):
+        images.open_images(out.parent)
+    call[2] = code.replace("if i == 5", "if i == 99")
+    subprocess.run(call, env=environment, check=True)
+    assert items(images.open_images(out)) == PAIRS
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    again = subprocess.run(call, env=environment, check=False, capture_output=True, text=True)
+    assert "out is there already" in again.stderr
+    assert items(images.open_images(out)) == PAIRS
 
 
 @pytest.mark.parametrize("lost", [1, 5, 40, 100])
@@ -267,7 +294,7 @@ def test_a_byte_wrong_in_the_middle_is_named_when_it_is_read(tmp_path: Path) -> 
     path.write_bytes(content)
     source = images.open_images(path)
     with pytest.raises(UserError, match=rf"record 2: no record begins at byte {offset}"):
-        source[1]
+        source.content(1)
     path.with_suffix(".idx").unlink()
     with pytest.raises(UserError, match=f"no record begins at byte {offset} of"):
         images.open_images(path)
@@ -301,6 +328,26 @@ def test_people_that_count_wrong_are_named(tmp_path: Path) -> None:
         images.open_images(by_hand(tmp_path / "b", records))
 
 
+def test_people_that_do_not_fit_the_class_ids_of_their_images_are_named(tmp_path: Path) -> None:
+    """There is one truth about who is on an image, and nothing is read with another."""
+    records = insightface()
+    records[-3:] = [(7, people_record(7, 1, 3)), (8, people_record(8, 3, 5)), (9, people_record(9, 5, 7))]
+    with pytest.raises(UserError, match=r"record 8: its person's images 3 … 4 have the class ids 0 and 1: the"):
+        images.open_images(by_hand(tmp_path / "a", records))
+    records[-3:] = [(7, people_record(7, 1, 4)), (8, people_record(8, 4, 6)), (9, people_record(9, 5, 7))]
+    with pytest.raises(UserError, match=r"record (8|9): "):  # an image of two people
+        images.open_images(by_hand(tmp_path / "b", records))
+    records = insightface()
+    records[1] = (2, record(struct.pack("<IfQQff", 2, 0, 2, 0, 2, 1) + IMAGES[1]))  # in the midst of a person's
+    source = images.open_images(by_hand(tmp_path / "c", records))
+    with pytest.raises(UserError, match="record 2: its class id is 2, but 0 by its person's record"):
+        source.read(np.array([1]))
+
+
+def people_record(key: int, start: int, stop: int) -> bytes:
+    return record(struct.pack("<IfQQff", 2, 0, key, 0, start, stop))
+
+
 @pytest.mark.parametrize("label", [float("nan"), float("inf"), -1.0, 6.5, 1e30])
 def test_keys_that_are_no_numbers_are_named(tmp_path: Path, label: float) -> None:
     records = insightface()
@@ -323,22 +370,96 @@ def test_a_record_damaged_in_the_middle_has_no_class_id(tmp_path: Path) -> None:
 
 
 def test_names_of_classes_must_fit(tmp_path: Path) -> None:
-    images.write_rec(tmp_path / "train.rec", Memory(PAIRS))
-    (tmp_path / "classes.txt").write_text("a\nb\n")
+    images.write_rec(tmp_path / "set" / "train.rec", memory(PAIRS))
+    (tmp_path / "set" / "classes.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2"):
-        images.open_images(tmp_path)
+        images.open_images(tmp_path / "set")
     for name in ("../out", "", ".", ".."):
-        (tmp_path / "classes.txt").write_text(f"a\nb\n{name}\n")
-        with pytest.raises(UserError, match="can't be the name of a folder"):
-            images.write_folder(tmp_path / "x" / "y", images.open_images(tmp_path))
+        (tmp_path / "set" / "classes.txt").write_text(f"a\nb\n{name}\n")
+        with pytest.raises(UserError, match=r"can't be the name of a folder|classes\.txt has 2 names"):
+            images.write_folder(tmp_path / "x" / "y", images.open_images(tmp_path / "set"))
     assert not (tmp_path / "x" / "out").exists()
+
+
+def test_names_of_classes_are_read_as_every_list(tmp_path: Path) -> None:
+    images.write_rec(tmp_path / "set" / "train.rec", memory(PAIRS))
+    path = tmp_path / "set" / "classes.txt"
+    path.write_bytes("\ufeffAnn\r\nBe\u0301a \r\nCy\t\r\n\r\n".encode())
+    assert images.open_images(path.parent).classes == ["Ann", "B\u00e9a", "Cy"]
+    for content, message in (
+        ("Ann\nBo\nAnn\n", "lines 1 and 3: Ann stands there twice"),
+        ("B\u00e9a\nBe\u0301a\nCy\n", "lines 1 and 2: B\u00e9a stands there twice"),
+        ("Ann\n\nCy\n", "line 2: empty"),
+        ("Ann\nB\udce9a\nCy\n", "line 2: not UTF-8"),
+    ):
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(UserError, match=rf"classes\.txt, {message}"):
+            images.open_images(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["rec", "tar", "folder"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([b"Ann", b"Jos\xe9"], "class 1 is called 'Jos.udce9', which can't be"),
+        ([b"Ann", b"a\nb"], "class 1 is called 'a.nb', which can't be"),
+        (["Be\u0301a".encode(), "B\u00e9a".encode()], "the classes 0 and 1 are both called B\u00e9a"),
+    ],
+)
+def test_names_that_can_not_be_written_are_refused_before_anything_is(
+    tmp_path: Path, kind: str, names: list[bytes], message: str
+) -> None:
+    for name in names:
+        folder = tmp_path / "set" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(IMAGES[0])
+    source = images.open_images(tmp_path / "set")
+    assert source.read(np.arange(2)).shape == (2, 3, SIZE, SIZE)
+    out = tmp_path / "out"
+    write = {
+        "rec": lambda: images.write_rec(out / "train.rec", source),
+        "tar": lambda: images.write_tars(out, source),
+        "folder": lambda: images.write_folder(out, source),
+    }[kind]
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            write()
+    assert not out.exists() and not list(tmp_path.glob(".writing*"))
+
+
+def test_folders_that_are_no_persons_do_not_stop_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    people = make_folder(tmp_path / "people")
+    (people / "__MACOSX" / "b c").mkdir(parents=True)
+    (people / "__MACOSX" / "b c" / "._0.jpg").write_bytes(b"junk")
+    (people / "up").symlink_to(tmp_path)
+    (people / "d" / "self").symlink_to(people / "d")
+    (people / "d" / "over").symlink_to(people / "b c" / "deeper")  # links that lead on are followed
+    (people / "b c" / "deeper" / "across").symlink_to(people / "d")
+    (people / "locked").mkdir()
+    scan = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root reads everything
+    source = images.open_images(people)
+    assert source.classes == ["b c", "d", "Ångström"]
+    assert sorted({Path(source.where(i)).name for i in range(len(source))}) == ["0.JPG", "1.JPG", "2.JPG"]
+    assert np.bincount(source.labels).tolist() == [4, 3, 2]
+    said = "\n".join(source.passed_over)
+    assert f"{people / 'up'}: leads back to {tmp_path}" in said and "locked: Permission denied" in said
+    assert f"{people / 'd' / 'self'}: leads back to {people / 'd'}" in said
+    with pytest.raises(UserError, match="more than 1 folders can't be listed, such as "):
+        images.open_images(people, bad_limit=1)
 
 
 def test_a_changed_file_is_not_read_with_the_old_index(tmp_path: Path, cache: Path) -> None:
     path = by_hand(tmp_path / "set", insightface(), index=False)
     assert items(images.open_images(path)) == PAIRS
     kept = sorted(cache.iterdir())
-    assert len(kept) == 2  # offsets and class ids
+    assert len(kept) == 1  # offsets and class ids
     for file in kept:  # damaged: made anew
         file.write_bytes(file.read_bytes()[:-8])
     assert items(images.open_images(path)) == PAIRS
@@ -349,11 +470,48 @@ def test_a_changed_file_is_not_read_with_the_old_index(tmp_path: Path, cache: Pa
 
 def test_a_source_goes_to_other_processes(tmp_path: Path) -> None:
     source = images.open_images(by_hand(tmp_path / "set", insightface()))
-    assert source[0] == PAIRS[0]
-    assert pickle.loads(pickle.dumps(source))[5] == PAIRS[5]
+    source.size, source.bad_limit = 112, 7
+    assert source.content(0) == PAIRS[0][0]
+    again = pickle.loads(pickle.dumps(source))
+    assert (items(again), again.size, again.bad_limit) == (PAIRS, 112, 7)
     with get_context("fork").Pool(1) as pool:  # spawn would need this module's imports again
-        assert pool.map(source.__getitem__, range(6)) == PAIRS
-    assert source[1] == PAIRS[1]
+        assert pool.map(source.content, range(6)) == IMAGES
+    assert source.content(1) == PAIRS[1][0]
+
+
+def test_one_process_builds_an_index_while_the_others_wait(tmp_path: Path) -> None:
+    """As the ranks of a training do, which all open the set at once."""
+    (tmp_path / "set").write_bytes(b"x")
+    built = tmp_path / "built"
+
+    def build() -> np.ndarray:
+        with built.open("a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        return np.arange(5)
+
+    def rank(failing: bool) -> None:
+        def fail() -> np.ndarray:
+            raise UserError("no index")
+
+        try:
+            found = storage.kept_array("formats/set", [tmp_path / "set"], fail if failing else build)
+        except UserError:
+            os._exit(7)
+        os._exit(0 if found.tolist() == [0, 1, 2, 3, 4] else 1)
+
+    context = get_context("fork")
+    for failing in ([False] * 4, [True, True, False]):  # who can't build it holds nobody up
+        shutil.rmtree(tmp_path / "local", ignore_errors=True)
+        built.unlink(missing_ok=True)
+        ranks = [context.Process(target=rank, args=(fails,)) for fails in failing]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(30)
+        codes = [process.exitcode for process in ranks]
+        assert built.read_text() == "x"
+        assert set(codes) <= ({0, 7} if any(failing) else {0}) and codes[-1] == 0
 
 
 def test_millions_of_records_open_in_seconds_and_stay_on_disk(tmp_path: Path) -> None:
@@ -368,10 +526,10 @@ def test_millions_of_records_open_in_seconds_and_stay_on_disk(tmp_path: Path) ->
     cells.tofile(path)
     path.with_suffix(".idx").write_text("".join(f"{k}\t{k * len(cell)}\n" for k in range(count)))
     code = (
-        "import resource, sys, time; from pathlib import Path; from mvrepro.images import common, Records;"
-        "common.LOCAL = Path(sys.argv[2]); start = time.perf_counter();"
+        "import resource, sys, time; from pathlib import Path; from mvrepro.images import storage, Records;"
+        "storage.LOCAL = Path(sys.argv[2]); start = time.perf_counter();"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; s = Records(Path(sys.argv[1]));"
-        "assert len(s) == 1_000_000 and s[999_999] == (b'face', 999);"
+        "assert len(s) == 1_000_000 and s.content(999_999) == b'face' and s.labels[999_999] == 999;"
         "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(images.__file__).parents[2])}
@@ -388,31 +546,33 @@ def test_millions_of_records_open_in_seconds_and_stay_on_disk(tmp_path: Path) ->
 
 
 def test_a_pair_set_of_either_python_is_read(tmp_path: Path) -> None:
-    images, same = IMAGES, [True, False, True]
+    same = [True, False, True]
     python2 = b"".join(  # (lfw_bins, issame_list) with str and protocol 2, as Python 2's cPickle writes it
         [
             b"\x80\x02",
             b"](",
-            *(b"T" + struct.pack("<i", len(i)) + i for i in images),
+            *(b"T" + struct.pack("<i", len(i)) + i for i in IMAGES),
             b"e",
             b"](\x88\x89\x88e",
             b"\x86.",
         ]
     )
     written = [python2, *(pickle.dumps(value, protocol) for protocol in range(6) for value in
-                          ((images, same), [tuple(images), tuple(same)], (images, [1, 0, 1])))]  # fmt: skip
+                          ((IMAGES, same), [tuple(IMAGES), tuple(same)], (IMAGES, [1, 0, 1])))]  # fmt: skip
     for content in written:
         (tmp_path / "lfw.bin").write_bytes(content)
-        pairs = images.read_bin(tmp_path / "lfw.bin")
-        assert (pairs.images, pairs.same.tolist(), pairs.same.dtype) == (images, same, np.bool_)
-    images.write_bin(tmp_path / "out.bin", pairs)
-    assert pickle.loads((tmp_path / "out.bin").read_bytes()) == (images, same)
+        source, pairs = images.read_bin(tmp_path / "lfw.bin")
+        assert ([source.content(i) for i in range(6)], len(source)) == (IMAGES, 6)
+        assert (pairs.same.tolist(), pairs.same.dtype) == (same, np.bool_)
+        assert (pairs.left.tolist(), pairs.right.tolist()) == ([0, 2, 4], [1, 3, 5])
+    images.write_bin(tmp_path / "out.bin", IMAGES, pairs.same)
+    assert pickle.loads((tmp_path / "out.bin").read_bytes()) == (IMAGES, same)
 
 
 @pytest.mark.parametrize("count", [10, 6000, 6007])
 def test_folds_are_those_of_scikit_learn(count: int) -> None:
     model_selection = pytest.importorskip("sklearn.model_selection")
-    folds = images.Pairs([], np.zeros(count, bool)).folds
+    folds = images.Pairs.in_order(np.zeros(count, bool)).folds
     for number, (_, inside) in enumerate(model_selection.KFold(10).split(np.zeros(count))):
         assert np.flatnonzero(folds == number).tolist() == inside.tolist()
 
@@ -499,13 +659,13 @@ def test_a_folder_of_people_is_read(tmp_path: Path) -> None:
     assert source.classes == ["b c", "d", "Ångström"]
     assert items(source) == PAIRS
     assert source.where(4) == str(tmp_path / "people" / "Ångström" / "0.JPG")
-    assert pickle.loads(pickle.dumps(source))[3] == PAIRS[3]
+    assert items(pickle.loads(pickle.dumps(source))) == PAIRS
     for i in (6, -7):
         with pytest.raises(IndexError):
-            source[i]
+            source.content(i)
     (tmp_path / "people" / "d" / "0.JPG").unlink()
     with pytest.raises(UserError, match=r"0\.JPG can't be read"):
-        source[3]
+        source.content(3)
     with pytest.raises(UserError, match=r"people/d: no images there"):
         images.open_images(tmp_path / "people")
 
@@ -553,7 +713,7 @@ def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
     make_tar(tmp_path / "set" / "2.tar", [("a.png", IMAGES[5]), ("a.cls", b"2")])
     source = images.open_images(tmp_path / "set")
     assert items(source) == PAIRS
-    assert images.open_images(tmp_path / "set" / "2.tar", renumber=True)[0] == (IMAGES[5], 0)
+    assert images.open_images(tmp_path / "set" / "2.tar", renumber=True).labels.tolist() == [0]
     assert source.where(3).startswith(str(tmp_path / "set" / "1.tar"))
 
 
@@ -597,9 +757,7 @@ def test_every_format_turns_into_every_other(tmp_path: Path) -> None:
     images.write_folder(tmp_path / "again", images.open_images(tmp_path / "tars"))
     again = images.open_images(tmp_path / "again")
     assert (items(again), again.classes) == (PAIRS, folder.classes)
-    images.write_folder(tmp_path / "again", images.open_images(tmp_path / "tars"))  # does no harm
-    next((tmp_path / "again").rglob("0000001.jpg")).write_bytes(b"another")
-    with pytest.raises(UserError, match=r"0000001\.jpg is there already and another image"):
+    with pytest.raises(UserError, match="again is there already"):
         images.write_folder(tmp_path / "again", images.open_images(tmp_path / "tars"))
     for path in (tmp_path / "rec" / "classes.txt", tmp_path / "tars" / "classes.txt"):
         path.unlink()
@@ -608,11 +766,11 @@ def test_every_format_turns_into_every_other(tmp_path: Path) -> None:
 
 
 def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
-    source = images.Without(images.open_images(make_folder(tmp_path / "people")), np.array([1]))
+    source = images.open_images(make_folder(tmp_path / "people")).without(np.array([1]))
     assert items(source) == [PAIRS[i] for i in (0, 1, 2, 4, 5)]
     assert source.where(3).endswith("Ångström/0.JPG")
-    assert images.Renumbered(source).classes == ["b c", "Ångström"]
-    assert items(images.Renumbered(source))[3] == (IMAGES[4], 1)
+    assert source.renumbered().classes == ["b c", "Ångström"]
+    assert items(source.renumbered())[3] == (IMAGES[4], 1)
 
 
 # Class ids and decoding
@@ -620,49 +778,136 @@ def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
 
 def test_holes_are_named_or_filled_on_request(tmp_path: Path) -> None:
     old = {0: 3, 1: 4, 2: 9}
-    images.write_rec(tmp_path / "train.rec", Memory([(content, old[label]) for content, label in PAIRS]))
+    images.write_rec(tmp_path / "set" / "train.rec", memory([(content, old[label]) for content, label in PAIRS]))
     with pytest.raises(UserError, match=r"7 of the class ids 0 … 9 have no image: 0–2, 5–8; .*--renumber"):
-        images.open_images(tmp_path)
-    source = images.open_images(tmp_path, renumber=True)
+        images.open_images(tmp_path / "set")
+    source = images.open_images(tmp_path / "set", renumber=True)
     assert items(source) == PAIRS
-    assert source.old.tolist() == [3, 4, 9]
-    assert source.where(0) == f"{tmp_path / 'train.rec'}, record 1"
-    assert images.open_images(tmp_path, allow_holes=True).labels().max() == 9
+    assert source.where(0) == f"{tmp_path / 'set' / 'train.rec'}, record 1"
+    assert images.open_images(tmp_path / "set", allow_holes=True).labels.max() == 9
     many = np.arange(0, 40, 2)
     with pytest.raises(UserError, match="19 of the class ids 0 … 38 have no image: 1, 3, 5, 7, 9 and 14 more gaps"):
         images.check_ids(many, "set")
 
 
-def test_decoding_gives_pixels_and_ids() -> None:
+def decoded(items: list[tuple[bytes, int]], size: int | None = SIZE, limit: int | None = 100) -> images.Memory:
+    source = memory(items)
+    source.size, source.bad_limit = size, limit
+    return source
+
+
+def test_decoding_gives_pixels() -> None:
     for kind in ("PNG", "JPEG"):
         content = image(1, kind=kind)
-        pixels, label = images.Decoded(Memory([(content, 5)]), size=SIZE)[0]
-        assert (pixels.dtype, pixels.shape, label) == (np.uint8, (3, SIZE, SIZE), 5)
-        assert (pixels.transpose(1, 2, 0) == np.asarray(Image.open(io.BytesIO(content)))).all()
+        pixels = decoded([(content, 5), PAIRS[0]]).read(np.array([1, 0, 0]))
+        assert (pixels.dtype, pixels.shape) == (np.uint8, (3, 3, SIZE, SIZE))
+        assert (pixels[2].transpose(1, 2, 0) == np.asarray(Image.open(io.BytesIO(content)))).all()
+    assert decoded(PAIRS).read(np.array([], np.int64)).shape == (0, 3, SIZE, SIZE)
     grey = io.BytesIO()
     Image.new("L", (SIZE, SIZE), 7).save(grey, "PNG")
     assert (images.decode(grey.getvalue()) == 7).all()
 
 
 def test_an_image_that_does_not_decode_is_skipped_and_counted() -> None:
-    bad = [(b"junk", 0), (image(3)[:200], 1), (b"", 2)]
-    data = images.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=3)
-    whole = images.Decoded(Memory(PAIRS), size=SIZE)
+    """Another of its class stands in for it: what labels say of it holds."""
+    pairs = [(IMAGES[0], 0), (b"junk", 0), (IMAGES[3], 1), (image(3)[:200], 0), (IMAGES[4], 0), (b"", 1)]
+    data = decoded(pairs, limit=3)
     for _ in range(2):  # the same image counts once
-        labels = [data[i][1] for i in range(6)]
-    assert (labels, data.bad) == ([0, 0, 2, 2, 2, 2], {2, 3, 4})
-    assert (data[2][0] == whole[5][0]).all()
-    strict = images.Decoded(Memory([*PAIRS[:2], *bad, PAIRS[5]]), size=SIZE, limit=2)
-    with pytest.raises(UserError, match=r"3 images don't decode, more than the limit of 2; the last: image 4: not an"):
-        strict[2]
-    with pytest.raises(UserError, match="none of the 3 images decodes; one of them: image 0"):
-        images.Decoded(Memory(bad), size=SIZE)[0]
+        pixels = data.read(np.arange(6))
+    expected = decoded([pairs[i] for i in (0, 4, 2, 4, 4, 2)]).read(np.arange(6))
+    assert np.array_equal(pixels, expected) and data.bad == {1, 3, 5}
+    strict = decoded(pairs, limit=2)
+    strict.read(np.array([1]))
+    message = r"3 images don't decode, more than the limit of 2; the last: a list, image 5: not an"
+    with pytest.raises(UserError, match=message):
+        strict.read(np.array([5]))
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="no image of the class 7 decodes: leave it out or mend one, a list, image 1"
+        ):
+            (none := decoded([PAIRS[0], (b"junk", 7), (b"", 7)])).read(np.array([1]))
+    assert none.bad == {1, 2}
 
 
-def test_the_last_image_that_does_not_decode_is_followed_by_the_first() -> None:
-    assert images.Decoded(Memory([PAIRS[3], (b"junk", 9)]), size=SIZE)[1][1] == 1
+def test_where_every_image_counts_none_stands_for_another() -> None:
+    """Of a pair set, whose images are what they are compared as."""
+    with pytest.raises(UserError, match=r"a list, image 1 can't be read as an image: not an image \(4 bytes\)"):
+        decoded([PAIRS[3], (b"junk", 9)], limit=None).read(np.array([0, 1]))
 
 
-def test_an_image_of_another_size_is_an_error() -> None:
+RAMP = np.linspace(0, 255, SIZE * SIZE).reshape(SIZE, SIZE)
+
+
+def modes() -> dict[str, tuple[Image.Image, str, np.ndarray | str]]:
+    """In each mode, a ramp of grey, the format that holds it, and what is right: (H, W) or why it is refused."""
+    grey = Image.fromarray(RAMP.astype(np.uint8))
+    rgba = grey.convert("RGBA")
+    rgba.putalpha(Image.fromarray(np.where(RAMP < 100, 0, 255).astype(np.uint8)))
+    palette = grey.convert("P")
+    palette.info["transparency"] = 0
+    exact = RAMP.astype(np.uint8)
+    return {
+        "L": (grey, "PNG", exact),
+        "1": (grey.convert("1", dither=Image.Dither.NONE), "PNG", np.where(exact > 127, 255, 0)),
+        "I;16": (Image.fromarray((RAMP * 257).astype(np.uint16)), "PNG", RAMP),
+        "I;16 in TIFF": (Image.fromarray((RAMP * 257).astype(np.uint16)), "TIFF", RAMP),
+        "I": (Image.fromarray((RAMP * 1000).astype(np.int32)), "TIFF", "pixels of mode I"),
+        "F": (Image.fromarray(RAMP.astype(np.float32) / 255), "TIFF", "pixels of mode F"),
+        "LA": (grey.convert("LA"), "PNG", exact),
+        "RGBA": (rgba, "PNG", np.where(RAMP < 100, 0, exact)),
+        "P": (palette, "PNG", exact),
+        "CMYK": (grey.convert("RGB").convert("CMYK"), "TIFF", exact),
+    }
+
+
+@pytest.mark.parametrize("mode", modes())
+def test_every_mode_comes_out_right_or_is_refused_by_name(mode: str) -> None:
+    picture, kind, expected = modes()[mode]
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            images.decode(buffer.getvalue())
+    else:
+        np.testing.assert_allclose(images.decode(buffer.getvalue()), np.broadcast_to(expected, (3, SIZE, SIZE)), atol=1)
+
+
+def test_an_image_of_too_many_pixels_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="exceeds limit of 89478485 pixels"):
+        images.decode(buffer.getvalue())
+
+
+BOMB = """
+import resource, sys, numpy as np; from mvrepro.images import Memory; from mvrepro.errors import UserError
+from PIL import Image; Image.init()
+source = Memory([sys.stdin.buffer.read()], np.zeros(1, int), "a list"); source.size = 112
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try: source.read(np.zeros(1, int))
+except UserError as error: print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_size_is_looked_at_before_anything_is_decoded() -> None:
+    """A PNG of 110 KB, whose pixels take 900 MB, is refused by its header."""
+    buffer = io.BytesIO()
+    Image.new("L", (9000, 9000)).save(buffer, "PNG")
+    environment = os.environ | {"PYTHONPATH": str(Path(images.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", BOMB], input=buffer.getvalue(), capture_output=True, check=True, env=environment
+    )
+    message, kib = done.stdout.decode().splitlines()
+    assert len(buffer.getvalue()) < 200_000 and message == "a list, image 0: 9000×9000 pixels, expected 112×112"
+    assert int(kib) < 20_000
+
+
+def test_an_image_of_another_size_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="image 0: 16×16 pixels, expected 112×112"):
-        images.Decoded(Memory(PAIRS))[0]
+        decoded(PAIRS, size=112).read(np.array([0]))
+    with pytest.raises(UserError, match="image 1: 8×8 pixels, expected 16×16"):  # those of one read must be alike
+        decoded([PAIRS[0], (image(1, 8), 0)], size=None).read(np.array([0, 1]))
+    source = images.open_images(make_folder(tmp_path / "people"), size=112)
+    with pytest.raises(UserError, match=r"0\.JPG: 16×16 pixels, expected 112×112"):
+        source.read(np.array([0]))

@@ -875,3 +875,67 @@ def test_nan_that_nobody_checks_reaches_the_loss(where):
     with torch.no_grad():
         (x if where == "embeddings" else head.weight)[0, 2] = NAN
     assert head(x, y).isnan()
+
+
+# ---------------------------------------------------------------- what a training watches
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", LOSSES)
+def test_study_says_what_the_gradient_of_the_cosines_is(name):
+    """Against the head's own gradients of embeddings that lie on the axes, whose cosines are the weights' entries."""
+    torch.manual_seed(0)
+    head, base = (MarginHead(n, 6, 9, s=4.0) for n in (name, BASES[LOSSES[name].f]))
+    base.load_state_dict(head.state_dict())
+    x, y = torch.randn(12, 6), torch.randint(0, 9, (12,))
+    with torch.no_grad():
+        x[:6] = 3 * head.weight[y[:6]]  # the first half lie on their own weight
+    found = head.study(x, y)
+    assert found["top1"] >= 0.5 and list(found) == ["top1", "median_p_y", "gradient_distance"]
+    assert found["median_p_y"] == pytest.approx((-head.losses(x, y)).exp().median().item(), rel=1e-4)
+    grads = []
+    for one in (head, base):
+        cos = one.cosines(x).detach().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(one), "cosines", lambda self, embeddings, cos=cos: cos)
+            one.backend = "dense"
+            grads += torch.autograd.grad(one(x, y), cos)
+    expected = ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
+    assert found["gradient_distance"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert (expected > 1e-4) == bool(LOSSES[name].h or LOSSES[name].g)
+
+
+BASES = {"cos": "Softmax", "A": "A-Softmax", "AM": "AM-Softmax", "Arc": "Arc-Softmax"}
+
+
+def on_circle(*degrees):
+    angles = torch.deg2rad(torch.tensor(degrees))
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+@once
+@pytest.mark.parametrize(
+    ("loss", "m", "share"),
+    [
+        # Weights at 0°, 90° and 180°. First row at 30°, label 0: cosθ = 0.866, 0.5, −0.866, marked against class 1
+        # where f < 0.5. Second at 50°, label 1: cosθ = 0.643, 0.766, −0.643, marked against class 0 where f < 0.643.
+        ("Softmax", None, 0 / 4),
+        ("AM-Softmax", 0.12, 0 / 4),  # f = 0.746 and 0.646
+        ("AM-Softmax", 0.13, 1 / 4),  # 0.736 and 0.636
+        ("AM-Softmax", 0.37, 2 / 4),  # 0.496 and 0.396
+        ("AM-Softmax", 1.75, 4 / 4),  # below every cosine
+        ("Arc-Softmax", math.radians(25), 1 / 4),  # cos 55° = 0.574 and cos 65° = 0.423
+        ("Arc-Softmax", math.radians(31), 2 / 4),  # cos 61° = 0.485 and cos 71°
+        ("MV-AM-Softmax-a", 0.37, 2 / 4),  # the emphasis does not change what is marked
+    ],
+)
+def test_marked_share_of_a_case_worked_out_by_hand(loss, m, share):
+    head = MarginHead(loss, 2, 3, m=m)
+    head.weight.data = 3 * on_circle(0, 90, 180)
+    found = head.watch(7 * on_circle(30, 50), torch.tensor([0, 1]))
+    target, negative = [30, 40], [60, 150, 50, 130]
+    assert found == {
+        "marked_share": share,
+        "target_cosine": pytest.approx(np.cos(np.radians(target)).mean(), abs=2e-6),
+        "negative_cosine": pytest.approx(np.cos(np.radians(negative)).mean(), abs=2e-6),
+    }

@@ -20,6 +20,8 @@ TESTS = [
     "sampled_negatives",
     "update_in_backward",
     "weights",
+    "watch",
+    "memory",
     "errors",
 ]
 pytestmark = pytest.mark.xdist_group("sharded")  # the processes of two tests at once are too many

@@ -20,7 +20,7 @@ from mvrepro import LOSSES, MarginHead, networks
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
 from mvrepro.images import Pixels
-from mvrepro.training import checkpoint, tasks
+from mvrepro.training import checkpoint, loop, tasks
 from mvrepro.training.batches import normalised
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.logs import Course, Diverged
@@ -102,11 +102,12 @@ def fit_few(images: int, **changes: Any) -> tuple[dict[str, list[float]], Margin
 def test_record_says_what_was_done(config_of: Any, tmp_path: Path) -> None:
     config = config_of(loss="MV-AM-Softmax-a", epochs=2, milestones=(1,))
     record = train(config, out=tmp_path / "run.json")
-    assert list(record) == ["config", "config_hash", "code", "sizes", "metrics", "curve", "provenance"]
+    assert list(record) == ["config", "config_hash", "code", "sizes", "metrics", "learned", "curve", "provenance"]
     assert TrainConfig(**tuples(record["config"])) == config
     expected = hashlib.sha256(json.dumps(config.decisive(), sort_keys=True).encode()).hexdigest()[:16]
     assert record["config_hash"] == expected
-    assert list(record["curve"]) == ["loss", "lr", "marked_share", "target_cosine", "negative_cosine"]
+    watched = ["marked_share", "target_cosine", "negative_cosine", "top1", "median_p_y", "gradient_distance"]
+    assert list(record["curve"]) == ["loss", "lr", *watched]
     assert {len(values) for values in record["curve"].values()} == {2}
     assert all(0 <= share <= 1 for share in [*record["metrics"].values(), *record["curve"]["marked_share"]])
     assert all(-1 <= cosine <= 1 for cosine in record["curve"]["target_cosine"])
@@ -237,6 +238,7 @@ def test_loss_falls_on_faces(loss: str) -> None:
         {"lr": 0.02},
         {"momentum": 0.8},
         {"weight_decay": 0.0},
+        {"decay_all": False},
         {"batch_size": 32},
         {"flip": True},
         {"s": 15.0},
@@ -305,6 +307,29 @@ def test_loss_of_an_epoch_is_the_mean_over_its_images(images: int) -> None:
 def test_batches_of_one_image_are_refused() -> None:
     with pytest.raises(UserError, match="batch_size"):
         train(toy(batch_size=1))
+
+
+def test_weight_decay_can_spare_biases_and_scales() -> None:
+    session, _ = few(Pixels(np.zeros((8, 1, 8, 8), np.uint8), np.arange(8) % 4), decay_all=False)
+    decays, others = session.network.sgd.param_groups
+    assert (decays["weight_decay"], others["weight_decay"]) == (5e-4, 0.0)
+    assert {p.ndim for p in decays["params"]} == {2} and {p.ndim for p in others["params"]} == {1}
+    session.network.set_rate(0.5)
+    assert decays["lr"] == others["lr"] == 0.5
+
+
+# Has it learned?
+
+
+def test_a_record_says_whether_its_network_has_learned() -> None:
+    names = {"top1", "marked_share", "median_p_y", "own_cosine", "other_cosine", "loss_slope", "gradient_distance"}
+    before, after = (train(toy(loss="AM-Softmax", embedding_dim=3, epochs=epochs))["learned"] for epochs in (2, 12))
+    assert before.keys() == after.keys() == names
+    assert after["top1"] > 0.95 and after["own_cosine"] > before["own_cosine"] and after["other_cosine"] < 0.2
+    assert after["marked_share"] < before["marked_share"] and 0 < after["median_p_y"] <= 1
+    assert before["loss_slope"] < after["loss_slope"] < 0.1
+    assert after["gradient_distance"] == 0  # its own margin loss
+    assert train(toy(loss="MV-AM-Softmax-a", epochs=2))["learned"]["gradient_distance"] > 0.01
 
 
 # Divergence
@@ -566,6 +591,83 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, file: str)
     assert len(str(caught.value).splitlines()) == 1
 
 
+# Stopped, and gone on with
+
+
+class Stopped(BaseException):
+    """As a kill is: nobody catches it."""
+
+
+def stopped_at(step: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
+    """Run a config until it has taken so many steps."""
+    with monkeypatch.context() as patch:
+        real, taken = loop.Network.step, [0]
+
+        def step_or_stop(*arguments: Any, **options: Any) -> Any:
+            if taken[0] == step:
+                raise Stopped
+            taken[0] += 1
+            return real(*arguments, **options)
+
+        patch.setattr(loop.Network, "step", step_or_stop)
+        with pytest.raises(Stopped):
+            train(config, out=tmp_path / "run.json", work=tmp_path / "work", **how)
+
+
+def result(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "provenance"}
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 9])
+@pytest.mark.parametrize("loss", ["MV-AM-Softmax-a", "A-Softmax"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, loss: str
+) -> None:
+    """In the midst of an epoch of four steps, too, with all that counts steps."""
+    how = {"loss": loss, "epochs": 3, "milestones": (1, 2), "t_warmup": 8, "annealing": True, "margin_epochs": 1}
+    config = faces(**how, snapshot_every=2)
+    whole = train(config)
+    stopped_at(step, config, tmp_path, monkeypatch, resume="same")
+    record = train(config, out=tmp_path / "run.json", work=tmp_path / "work", resume="same")
+    assert result(record) == result(whole)
+    assert record["provenance"]["resumed_from"] == (step // 2 * 2 or None)
+    assert whole["sizes"]["steps"] == 12
+
+
+def test_the_pipeline_leaves_a_record_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOCAL", tmp_path / "local")
+    record = loop.run(faces(snapshot_every=2), tmp_path / "run.json")
+    assert read_json(tmp_path / "run.json") == json.loads(json.dumps(record))
+    assert not list((tmp_path / "local").rglob("*.*"))
+
+
+def test_other_code_or_torch_is_refused_unless_one_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = faces(epochs=2, snapshot_every=2)
+    whole = train(config)
+    stopped_at(6, config, tmp_path, monkeypatch)
+    there = {"out": tmp_path / "run.json", "work": tmp_path / "work"}
+    with pytest.raises(UserError, match="holds a run at step 6: --resume goes on with it"):
+        train(config, **there)
+    monkeypatch.setattr(loop, "CODE", "other code")
+    with pytest.raises(
+        UserError, match=r"written by other code or versions: code was \w+, is other code\. .*--despite-"
+    ):
+        train(config, **there, resume="strict")
+    with pytest.raises(UserError, match=r"is of another run: lr was 0\.05, is 0\.06"):
+        train(dataclasses.replace(config, lr=0.06), **there, resume="despite changes")
+    assert not (tmp_path / "run.json").exists()
+    went_on = train(config, **there, resume="despite changes")
+    assert went_on["provenance"]["resumed_from"] == 6 and went_on["metrics"] == whole["metrics"]
+
+
+def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = faces(epochs=2, snapshot_every=2)
+    stopped_at(6, config, tmp_path, monkeypatch, resume="same")
+    other = dataclasses.replace(config, lr=0.06)
+    record = train(other, out=tmp_path / "run.json", work=tmp_path / "work", resume="same")
+    assert record["provenance"]["resumed_from"] is None and result(record) == result(train(other))
+
+
 # Settings that make no sense
 
 
@@ -639,38 +741,6 @@ def test_pixels_are_normalised_around_zero() -> None:
     assert found.flatten().tolist() == [-127.5 / 128, -0.5 / 128, 0.5 / 128, 127.5 / 128]
 
 
-def on_circle(*degrees: float) -> torch.Tensor:
-    angles = torch.deg2rad(torch.tensor(degrees))
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
-
-
-@pytest.mark.parametrize(
-    ("loss", "m", "share"),
-    [
-        # Weights at 0°, 90° and 180°. First row at 30°, label 0: cosθ = 0.866, 0.5, −0.866, marked against class 1
-        # where f < 0.5. Second at 50°, label 1: cosθ = 0.643, 0.766, −0.643, marked against class 0 where f < 0.643.
-        ("Softmax", None, 0 / 4),
-        ("AM-Softmax", 0.12, 0 / 4),  # f = 0.746 and 0.646
-        ("AM-Softmax", 0.13, 1 / 4),  # 0.736 and 0.636
-        ("AM-Softmax", 0.37, 2 / 4),  # 0.496 and 0.396
-        ("AM-Softmax", 1.75, 4 / 4),  # below every cosine
-        ("Arc-Softmax", math.radians(25), 1 / 4),  # cos 55° = 0.574 and cos 65° = 0.423
-        ("Arc-Softmax", math.radians(31), 2 / 4),  # cos 61° = 0.485 and cos 71°
-        ("MV-AM-Softmax-a", 0.37, 2 / 4),  # the emphasis does not change what is marked
-    ],
-)
-def test_marked_share_of_a_case_worked_out_by_hand(loss: str, m: float | None, share: float) -> None:
-    head = MarginHead(loss, 2, 3, m=m)
-    head.weight.data = 3 * on_circle(0, 90, 180)
-    found = head.watch(7 * on_circle(30, 50), torch.tensor([0, 1]))
-    target, negative = [30, 40], [60, 150, 50, 130]
-    assert found == {
-        "marked_share": share,
-        "target_cosine": pytest.approx(np.cos(np.radians(target)).mean(), abs=2e-6),
-        "negative_cosine": pytest.approx(np.cos(np.radians(negative)).mean(), abs=2e-6),
-    }
-
-
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_epoch_shows_every_image_once_and_half_of_them_mirrored_with_flip(flip: bool) -> None:
     pixels = np.zeros((200, 1, 8, 8), np.uint8)
@@ -715,17 +785,6 @@ def test_embedding_in_parts_and_with_mirror_images(config_of: Any) -> None:
     both = networks.embed(backbone, images, mirror=True)
     torch.testing.assert_close(both, whole + mirrored)
     torch.testing.assert_close(networks.embed(backbone, images.flip(-1), mirror=True), both)
-
-
-@pytest.mark.parametrize("side", [16, 23, 32, 112])
-@pytest.mark.parametrize("name", ["toy", *networks.IRESNETS])
-def test_networks_take_images_of_any_size(name: str, side: int) -> None:
-    network = networks.build(name, in_channels=3, image_size=side, embedding_dim=6)
-    found = network(torch.randn(2, 3, side, side))
-    assert found.shape == (2, 6)
-    found.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    assert networks.parameter_count(network) == sum(p.numel() for p in network.parameters())
 
 
 # On a GPU

@@ -1,11 +1,21 @@
 """`python -m mvrepro data`: fetch, prepare, inspect, overlap and convert sets of faces."""
 
 import argparse
+import io
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mvrepro import images
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
+from mvrepro.images import align, fetch, photographs
+from mvrepro.images.storage import check_apart
 
 BAR = 40  # characters of the histogram's longest bar
 FETCH = """example:
@@ -35,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     sub = add("prepare", "find the face in each photo and write it aligned to 112×112", PREPARE, _prepare)
     sub.add_argument("raw", type=Path, help="folder of photos, in any depth")
-    sub.add_argument("out", type=Path, help="gets images/… as the photos lie, and landmarks.tsv")
+    sub.add_argument("out", type=Path, help="gets images/… as the photos lie, landmarks.tsv and photos.tsv")
     text = "the face of several: nearest the centre (LFW, CFP; default) or the largest (CelebA)"
     sub.add_argument("--pick", choices=["centre", "largest"], default="centre", help=text)
+    text = "how many photos that can't be read may be passed over (default: 100); passed_over.txt lists them"
+    sub.add_argument("--bad-limit", type=int, default=100, metavar="N", help=text)
 
     sub = add("inspect", "count images and people of a training set", "", _inspect)
     _set_argument(sub)
@@ -62,46 +74,41 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     return int(arguments.does(arguments))
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    from mvrepro.images.fetch import fetch_lfw
-
-    photos = fetch_lfw(arguments.out)
+    photos = fetch.fetch_lfw(arguments.out)
     print(f"LFW's lists are in {arguments.out / 'lfw'}, its photos in {photos}; to align them:")
     print(f"python -m mvrepro data prepare {photos} {arguments.out / 'lfw'}")
     return 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from mvrepro.images.align import prepare
-
-    counts = prepare(arguments.raw, arguments.out, pick=arguments.pick)
+    counts = align.prepare(arguments.raw, arguments.out, pick=arguments.pick, bad_limit=arguments.bad_limit)
     print(
         f"{counts['aligned']:,} aligned, {counts['centre']:,} without a face (their centre was taken), "
         f"{counts['several faces']:,} with several faces, {counts['known']:,} were there; "
         f"see {arguments.out / 'landmarks.tsv'}"
     )
+    if "passed over" in counts:
+        print(f"{counts['passed over']:,} could not be read: see {arguments.out / 'passed_over.txt'}")
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    import numpy as np
-    from tqdm import tqdm
-
-    from mvrepro import images
-
     source = images.open_images(arguments.set, allow_holes=True)
-    labels = source.labels()
-    counts = np.bincount(labels)
+    counts = np.bincount(source.labels)
     present = counts[counts > 0]
     print(f"{arguments.set}: {type(source).__name__}, {len(source):,} images of {len(present):,} people")
     low, middle, high = (int(f(present)) for f in (np.min, np.median, np.max))
     print(f"images a person: {low:,} at least, {middle:,} in the median, {high:,} at most")
     print(histogram(present))
+    _list("folders were passed over", source.passed_over)
     try:
-        images.check_ids(labels, "class ids")
+        images.check_ids(source.labels, "class ids")
         print(f"class ids: 0 … {len(counts) - 1}, none without an image")
     except UserError as error:
         print(error)
@@ -110,20 +117,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
     bad, sizes = [], set()
     for i in tqdm(range(len(source)), "decoding", leave=False, disable=None):
         try:
-            sizes.add(images.decode(source[i][0]).shape[1:])
+            sizes.add(images.decode(source.content(i)).shape[1:])
         except ValueError as error:
             bad.append(f"{source.where(i)}: {error}")
     print("sizes: " + ", ".join(f"{width}×{height}" for height, width in sorted(sizes)))
-    print("\n".join([f"{len(bad):,} images don't decode", *bad[:20]]) if bad else "every image decodes")
+    _list("images don't decode", bad)
+    if not bad:
+        print("every image decodes")
     return 1 if bad else 0
 
 
-def histogram(counts: Any) -> str:
-    """Of the images a person (K,), one line for 1, 2, 3–4, 5–8, 9–16, … images, as text."""
-    import numpy as np
+def _list(what: str, lines: Sequence[str]) -> None:
+    if lines:
+        print("\n".join([f"{len(lines):,} {what}", *lines[:20]]))
 
-    bins = np.ceil(np.log2(counts)).astype(int)
-    people = np.bincount(bins)
+
+def histogram(counts: NDArray[np.int64]) -> str:
+    """Of the images a person (K,), one line for 1, 2, 3–4, 5–8, 9–16, … images, as text."""
+    people = np.bincount(np.ceil(np.log2(counts)).astype(int))
     lines = []
     for power, number in enumerate(people.tolist()):
         low, high = 2**power // 2 + 1, 2**power
@@ -133,10 +144,8 @@ def histogram(counts: Any) -> str:
 
 
 def _overlap(arguments: argparse.Namespace) -> int:
-    from mvrepro.images.photographs import overlapping
-
-    names, others = (names_of(path) for path in (arguments.names, arguments.others))
-    shared = overlapping(names, others)
+    names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
+    shared = photographs.overlapping(names, others)
     print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
           f"in {arguments.others}; {len(names) - len(shared):,} remain")  # fmt: skip
     listed = [name for name in names if name in shared]
@@ -148,46 +157,26 @@ def _overlap(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def names_of(path: Path) -> list[str]:
-    """The names of a list, each once, or of the folders in a folder."""
-    from mvrepro.images.photographs import read_names
-
-    if not path.is_dir():
-        return read_names(path)
-    names = sorted(child.name for child in path.iterdir() if child.is_dir())
-    if not names:
-        raise UserError(f"{path}: expected a folder for each person, found none")
-    return names
-
-
 def _convert(arguments: argparse.Namespace) -> int:
-    import numpy as np
-
-    from mvrepro import images
-
-    removed: list[str] = []
-    source = images.open_images(
-        arguments.set, renumber=arguments.renumber, allow_holes=arguments.without is not None or arguments.to != "rec"
-    )
+    check_apart(arguments.out, arguments.set)
+    holes = arguments.without is not None or arguments.to != "rec"
+    source = images.open_images(arguments.set, renumber=arguments.renumber, allow_holes=holes)
+    left_out = ""
     if arguments.without:
-        from mvrepro.images.photographs import overlapping
-
         if source.classes is None:
             raise UserError(
                 f"{arguments.set}: its classes have no names (no classes.txt), so none can be left out by name"
             )
-        removed = sorted(overlapping(source.classes, names_of(arguments.without)))
-        numbers = np.array([source.classes.index(name) for name in removed], np.int64)
-        source = images.Renumbered(images.Without(source, numbers))
+        removed = photographs.overlapping(source.classes, photographs.people_of(arguments.without, empty=True))
+        numbers = [number for number, name in enumerate(source.classes) if name in removed]
+        source = source.without(np.array(numbers, np.int64)).renumbered()
         if not len(source):
             raise UserError(f"{arguments.without} names everybody in {arguments.set}: nothing would be left")
+        left_out = f"; {len(removed):,} people were left out"
     if arguments.to == "rec":
         images.write_rec(arguments.out / "train.rec", source)
-    elif arguments.to == "tar":
-        images.write_tars(arguments.out, source)
     else:
-        images.write_folder(arguments.out, source)
-    people = len(np.unique(source.labels()))
-    left_out = f"; {len(removed):,} people were left out" if arguments.without else ""
-    print(f"wrote {len(source):,} images of {people:,} people to {arguments.out}{left_out}")
+        (images.write_tars if arguments.to == "tar" else images.write_folder)(arguments.out, source)
+    print(f"wrote {len(source):,} images of {len(np.unique(source.labels)):,} people to {arguments.out}{left_out}")
+    _list("folders were passed over", source.passed_over)
     return 0

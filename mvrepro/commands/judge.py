@@ -1,191 +1,166 @@
 """`python -m mvrepro judge`: anybody's embeddings, out of .npy files, by any protocol."""
 
 import argparse
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.files import write_json
+from mvrepro.files import read_column, write_json
+from mvrepro.images import photographs, read_bin
+from mvrepro.images.source import SUFFIXES
 
 Metrics = dict[str, float]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "embeddings": {"type": Path, "help": "(N, D) floats of any length (.npy); the probes, where there are"},
+    "names": {"type": Path, "help": "a line a row: the image, such as Aaron_Eckhart_0001 or 001/frontal/01"},
+    "ids": {"type": Path, "help": "a line a row: the person"},
+    "pairs": {"type": Path, "help": "LFW's pairs.txt (default: that in MVREPRO_DATA)"},
+    "lists": {"type": Path, "help": "folder of BLUFR's lists (default: that in MVREPRO_DATA)"},
+    "bin": {"type": Path, "help": "InsightFace's pair set: rows 2i and 2i + 1 are its pair i"},
+    "gallery": {"type": Path, "help": "(G, D) floats (.npy)"},
+    "gallery_ids": {"type": Path, "help": "a line a row of the gallery: the person"},
+    "distractors": {"type": Path, "help": "(M, D) floats (.npy) of people who are neither probes nor in the gallery"},
+    "sizes": {"type": int, "nargs": "+", "metavar": "N", "help": "how many distractors (default: all)"},
+    "fprs": {"type": float, "nargs": "+", "metavar": "FPR", "help": "for all-pairs (default: 0.001)"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     wide = max(map(len, PROTOCOLS))
-    parser.epilog = "protocols, and what each needs beside --embeddings:\n" + "\n".join(
-        f"  {name:{wide}}  {function.__doc__.splitlines()[0].rstrip('.') if function.__doc__ else ''}"
-        f" ({' '.join(f'--{o}' for o in needs)})"
-        for name, (function, needs) in PROTOCOLS.items()
+    parser.epilog = "protocols, and what each needs [and takes]:\n" + "\n".join(
+        f"  {name:{wide}}  {(protocol.__doc__ or '').rstrip('.')} "
+        f"({' '.join([_options(needs), *(f'[{_options([option])}]' for option in takes)])})"
+        for name, protocol in PROTOCOLS.items()
+        for needs, takes in [_inputs(protocol)]
     )
-    add = parser.add_argument
-    add("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help="one of those below")
-    add(
-        "--embeddings", type=Path, required=True, help="(N, D) floats of any length (.npy); the probes, where there are"
-    )
-    add("--names", type=Path, help="a line a row: the image, such as Aaron_Eckhart_0001 or 001/frontal/01")
-    add("--ids", type=Path, help="a line a row: the person")
-    add("--pairs", type=Path, help="LFW's pairs.txt (default: that in MVREPRO_DATA)")
-    add("--lists", type=Path, help="folder of BLUFR's lists (default: that in MVREPRO_DATA)")
-    add("--bin", type=Path, help="InsightFace's pair set: rows 2i and 2i + 1 are its pair i")
-    add("--gallery", type=Path, help="(G, D) floats (.npy)")
-    add("--gallery-ids", type=Path, help="a line a row of the gallery: the person")
-    add("--distractors", type=Path, help="(M, D) floats (.npy) of people who are neither probes nor in the gallery")
-    add("--sizes", type=int, nargs="+", metavar="N", help="how many distractors (default: all)")
-    add("--fprs", type=float, nargs="+", default=[1e-3], metavar="FPR", help="for all-pairs (default: 0.001)")
-    add("--out", type=Path, help="write the figures there, too (JSON)")
+    parser.add_argument("--protocol", required=True, choices=PROTOCOLS, metavar="NAME", help="one of those below")
+    for name, settings in OPTIONS.items():
+        parser.add_argument(_options([name]), required=name == "embeddings", **settings)
+    parser.add_argument("--out", type=Path, help="write the figures there, too (JSON)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    judge, needs = PROTOCOLS[arguments.protocol]
-    missing = [f"--{name}" for name in needs if getattr(arguments, name.replace("-", "_")) is None]
-    if missing:
-        raise UserError(f"the protocol {arguments.protocol} needs {', '.join(missing)}, too")
+    protocol = PROTOCOLS[arguments.protocol]
+    needs, takes = _inputs(protocol)
+    given = [name for name in OPTIONS if getattr(arguments, name) is not None]
+    if missing := [name for name in needs if name not in given]:
+        raise UserError(f"the protocol {arguments.protocol} needs {_options(missing, ', ')}, too")
+    if foreign := [name for name in given if name not in needs + takes]:
+        raise UserError(f"the protocol {arguments.protocol} knows nothing of {_options(foreign, ', ')}")
+    inputs: dict[str, Any] = {}
+    for name in given:
+        value = getattr(arguments, name)
+        if name in ("embeddings", "gallery", "distractors"):
+            from mvrepro.interchange import load_embeddings  # which needs torch
+
+            value = load_embeddings(value)
+        elif name in ("names", "ids", "gallery_ids"):  # embeddings and gallery come before them
+            rows = "gallery" if name == "gallery_ids" else "embeddings"
+            lines = read_column(value, _plain if name == "names" else None)
+            if len(lines) != len(inputs[rows]):
+                raise UserError(
+                    f"{value} has {len(lines)} lines, {getattr(arguments, rows)} has {len(inputs[rows])} rows: "
+                    "one each is needed, in their order"
+                )
+            value = np.array([_plain(line) if name == "names" else line for line in lines])
+        inputs[name] = value
     try:
-        metrics = judge(arguments)
+        metrics = protocol(**inputs)
     except ValueError as error:  # the protocols' word on arrays that don't fit
         raise UserError(f"{arguments.protocol}: {error}") from None
-    for name, value in metrics.items():
-        print(f"{name}: {100 * value:.2f} %")
+    for name, rate in metrics.items():
+        print(f"{name}: {100 * rate:.2f} %")
     if arguments.out:
         write_json(arguments.out, {"protocol": arguments.protocol, "metrics": metrics})
     return 0
 
 
-def _lfw(arguments: argparse.Namespace) -> Metrics:
+def _inputs(protocol: Callable[..., Metrics]) -> tuple[list[str], list[str]]:
+    """The options that a protocol needs, and those that it takes."""
+    parameters = inspect.signature(protocol).parameters.values()
+    needs = [p.name for p in parameters if p.default is p.empty]
+    return needs, [p.name for p in parameters if p.name not in needs]
+
+
+def _options(names: list[str], between: str = " ") -> str:
+    return between.join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def _plain(name: str) -> str:
+    """The name of an image, without the suffix of its file."""
+    return next((name[: -len(end)] for end in SUFFIXES if name.lower().endswith(end)), name)
+
+
+def _lfw(embeddings: Any, names: Any, pairs: Path | None = None) -> Metrics:
     """LFW View 2."""
-    import numpy as np
-
-    from mvrepro.images import photographs
-
-    x, names = _rows(arguments, "names")
-    pairs = photographs.lfw_pairs(arguments.pairs or photographs.folder("lfw") / "pairs.txt", np.array(names))
-    return _kfold(x, pairs.left, pairs.right, pairs.same, pairs.folds)
+    return _kfold(embeddings, photographs.lfw_pairs(pairs or photographs.folder("lfw") / "pairs.txt", names))
 
 
-def _cfp(kind: str) -> Callable[[argparse.Namespace], Metrics]:
-    def judge(arguments: argparse.Namespace) -> Metrics:
-        import numpy as np
-
-        from mvrepro.images import photographs
-
-        x, names = _rows(arguments, "names")
-        pairs = photographs.cfp_pairs(kind, np.array(names))
-        return _kfold(x, pairs.left, pairs.right, pairs.same, pairs.folds)
-
-    judge.__doc__ = f"CFP-{kind}, with the lists in MVREPRO_DATA."
-    return judge
+def _cfp_ff(embeddings: Any, names: Any) -> Metrics:
+    """CFP-FF, with the lists in MVREPRO_DATA."""
+    return _kfold(embeddings, photographs.cfp_pairs("FF", names))
 
 
-def _bin(arguments: argparse.Namespace) -> Metrics:
+def _cfp_fp(embeddings: Any, names: Any) -> Metrics:
+    """CFP-FP, with the lists in MVREPRO_DATA."""
+    return _kfold(embeddings, photographs.cfp_pairs("FP", names))
+
+
+def _bin(embeddings: Any, bin: Path) -> Metrics:
     """The pairs of an InsightFace .bin (LFW, CFP, AgeDB-30, CALFW, CPLFW, …), ten folds in order."""
-    import numpy as np
-
-    from mvrepro.images import read_bin
-
-    x, pairs = _load(arguments.embeddings), read_bin(arguments.bin)
-    if len(x) != 2 * len(pairs):
-        raise UserError(f"{arguments.embeddings} has {len(x)} rows, {arguments.bin} has {2 * len(pairs)} images")
-    left = np.arange(0, len(x), 2)
-    return _kfold(x, left, left + 1, pairs.same, pairs.folds)
+    images, pairs = read_bin(bin)
+    if len(embeddings) != len(images):
+        raise UserError(f"the array of embeddings has {len(embeddings)} rows, {bin} has {len(images)} images")
+    return _kfold(embeddings, pairs)
 
 
-def _all_pairs(arguments: argparse.Namespace) -> Metrics:
+def _all_pairs(embeddings: Any, ids: Any, fprs: tuple[float, ...] = (1e-3,)) -> Metrics:
     """TPR at each of --fprs over every pair of rows."""
-    from mvrepro import protocols
-
-    x, ids = _rows(arguments, "ids")
-    return {f"tpr@fpr={p.fpr:g}": p.tpr for p in protocols.all_pairs(x, ids, arguments.fprs)}
+    return {f"tpr@fpr={p.fpr:g}": p.tpr for p in protocols.all_pairs(embeddings, ids, fprs)}
 
 
-def _blufr(arguments: argparse.Namespace) -> Metrics:
+def _blufr(embeddings: Any, names: Any, lists: Path | None = None) -> Metrics:
     """BLUFR on LFW: mean − standard deviation over its trials."""
-    from mvrepro import protocols
-    from mvrepro.images import photographs
-
-    x, names = _rows(arguments, "names")
-    trials = protocols.blufr_trials(names, arguments.lists or photographs.folder("lfw") / "blufr")
-    result = protocols.blufr(x, trials)
+    trials = protocols.blufr_trials(names, lists or photographs.folder("lfw") / "blufr")
+    result = protocols.blufr(embeddings, trials)
     return {"vr@far=0.001": result.vr_summary, "dir@far=0.01": result.dir_summary}
 
 
-def _identify(arguments: argparse.Namespace) -> Metrics:
+def _identify(
+    embeddings: Any, ids: Any, gallery: Any, gallery_ids: Any, distractors: Any, sizes: list[int] | None = None
+) -> Metrics:
     """Rank 1 of probes in a gallery, against distractors."""
-    from mvrepro import protocols
-
-    x, ids = _rows(arguments, "ids")
-    gallery = _load(arguments.gallery)
-    whose = _lines(arguments.gallery_ids, len(gallery), arguments.gallery)
-    distractors, sizes = _distractors(arguments)
-    found = protocols.identify(x, ids, gallery, whose, distractors, sizes=sizes)
+    sizes = sizes or [len(distractors)]
+    found = protocols.identify(embeddings, ids, gallery, gallery_ids, distractors, sizes=sizes)
     return {f"rank1@{size}": float(rate) for size, rate in zip(found.sizes, found.rates[:, 0], strict=True)}
 
 
-def _megaface(arguments: argparse.Namespace) -> Metrics:
+def _megaface(embeddings: Any, ids: Any, distractors: Any, sizes: list[int] | None = None) -> Metrics:
     """MegaFace challenge 1: rank 1, and TPR at FAR 1e-6."""
-    from mvrepro import protocols
-
-    x, ids = _rows(arguments, "ids")
-    distractors, sizes = _distractors(arguments)
-    found = protocols.megaface(x, ids, distractors, sizes=sizes)
+    found = protocols.megaface(embeddings, ids, distractors, sizes=sizes or [len(distractors)])
     rates = {f"rank1@{size}": float(rate) for size, rate in zip(found.sizes, found.rank1, strict=True)}
     return rates | {f"tpr@far={found.verification.fpr:g}": found.verification.tpr}
 
 
-def _trillion_pairs(arguments: argparse.Namespace) -> Metrics:
+def _trillion_pairs(embeddings: Any, ids: Any, distractors: Any) -> Metrics:
     """A reading of Trillion Pairs: Id at FAR 1e-3, Ver at FAR 1e-9."""
-    from mvrepro import protocols
-
-    x, ids = _rows(arguments, "ids")
-    found = protocols.trillion_pairs(x, ids, _distractors(arguments)[0])
+    found = protocols.trillion_pairs(embeddings, ids, distractors)
     return {"id@far=0.001": found.identification.tpr, "ver@far=1e-09": found.verification.tpr}
 
 
-PROTOCOLS: dict[str, tuple[Callable[[argparse.Namespace], Metrics], tuple[str, ...]]] = {
-    "lfw": (_lfw, ("names",)),
-    "cfp-ff": (_cfp("FF"), ("names",)),
-    "cfp-fp": (_cfp("FP"), ("names",)),
-    "bin": (_bin, ("bin",)),
-    "blufr": (_blufr, ("names",)),
-    "all-pairs": (_all_pairs, ("ids",)),
-    "identify": (_identify, ("ids", "gallery", "gallery-ids", "distractors")),
-    "megaface": (_megaface, ("ids", "distractors")),
-    "trillion-pairs": (_trillion_pairs, ("ids", "distractors")),
-}
-
-
-def _kfold(x: Any, left: Any, right: Any, same: Any, folds: Any) -> Metrics:
-    from mvrepro import protocols
-
-    result = protocols.kfold_accuracy(protocols.pair_cosines(x, left, right), same, folds)
+def _kfold(embeddings: Any, pairs: Any) -> Metrics:
+    scores = protocols.pair_cosines(embeddings, pairs.left, pairs.right)
+    result = protocols.kfold_accuracy(scores, pairs.same, pairs.folds)
     return {"accuracy": result.mean, "standard deviation over folds": result.std}
 
 
-def _load(path: Path) -> Any:
-    from mvrepro.bridge import load_embeddings
-
-    return load_embeddings(path)
-
-
-def _rows(arguments: argparse.Namespace, option: str) -> tuple[Any, list[str]]:
-    x = _load(arguments.embeddings)
-    return x, _lines(getattr(arguments, option), len(x), arguments.embeddings)
-
-
-def _lines(path: Path, rows: int, of: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read as a list: {error}") from None
-    empty = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
-    if empty:
-        raise UserError(f"{path}, line {empty}: empty; each line belongs to a row of {of}")
-    if len(lines) != rows:
-        raise UserError(f"{path} has {len(lines)} lines, {of} has {rows} rows: one each is needed, in their order")
-    return [line.strip() for line in lines]
-
-
-def _distractors(arguments: argparse.Namespace) -> tuple[Any, list[int]]:
-    x = _load(arguments.distractors)
-    return x, arguments.sizes or [len(x)]
+PROTOCOLS: dict[str, Callable[..., Metrics]] = {
+    function.__name__[1:].replace("_", "-"): function
+    for function in (_lfw, _cfp_ff, _cfp_fp, _bin, _blufr, _all_pairs, _identify, _megaface, _trillion_pairs)
+}

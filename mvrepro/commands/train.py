@@ -22,13 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "    --verify lfw.bin --t-warmup 2000 --bfloat16 --resume\n"
         "Called again after whatever stopped it, the same line goes on from the last snapshot. docs/scale.md has more."
     )
+    add_settings(parser)
     add = parser.add_argument
-    add("--profile", default="quick", help="a section of params.yaml (default: quick)")
     add("--out", type=Path, help="record of the run (JSON), or a folder for it (default: scratch/<profile>/…)")
     add("--save", type=Path, help="folder that gets the trained network, to start from or to go on with")
     add("--start-from", type=Path, help="begin with the weights of this checkpoint")
     add("--resume", action="store_true", help="go on from the newest whole snapshot, if there is one")
     add("--despite-changes", action="store_true", help="with --resume: also where other code or torch wrote it")
+
+
+def add_settings(parser: argparse.ArgumentParser, profile: str = "quick") -> None:
+    """An option for each setting; those that are not given are the profile's."""
+    parser.add_argument("--profile", default=profile, help=f"a section of params.yaml (default: {profile})")
     for item in fields(TrainConfig):
         if item.name != "profile":
             _add(parser, item)

@@ -1,6 +1,8 @@
 """The margin head: class weights, the loss of a batch, and which way it is computed."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from mvrepro.losses import DEFAULT_MARGIN, LOSSES, emphasise, indicator, margin,
 BACKENDS = ("dense", "fused", "auto")
 # What a training's config calls as MarginHead does.
 SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
+WATCHED = ("marked_share", "target_cosine", "negative_cosine")  # what MarginHead.watch tells
+STUDIED = ("top1", "median_p_y", "gradient_distance")  # what MarginHead.study tells
 
 
 class MarginHead(nn.Module):
@@ -20,27 +24,24 @@ class MarginHead(nn.Module):
     name           a key of LOSSES
     embedding_dim  D; embeddings come in at any length and are normalised here
     num_classes    K; the weight is (K, D) and is normalised here too
-    s, m, t        scale; margin (None: DEFAULT_MARGIN of the loss's f); strength of the emphasis,
-                   t >= 0, where 0 gives the plain margin loss. For the SV losses t = t_SV − 1
+    s, m, t        scale; margin (None: DEFAULT_MARGIN of the loss's f); strength of the emphasis, t >= 0, where 0 gives
+                   the plain margin loss. For the SV losses t = t_SV − 1
     gamma          exponent of F-Softmax;  hard_ratio  share of the batch that HM-Softmax keeps
-    easy_margin    the target gets its margin only where cosθ_y > 0, as the authors' code does and
-                   their equations don't; the indicator keeps comparing with f(m, θ_y)
+    easy_margin    the target gets its margin only where cosθ_y > 0, as the authors' code does and their equations
+                   don't; the indicator keeps comparing with f(m, θ_y)
     stop_gradient  the adaptive emphasis passes no gradient (see emphasise); not in the paper
-    t_warmup       steps over which t grows linearly from 0, counted in training mode and kept in
-                   the state dict
-    annealing      A-Softmax only: f = (λ cosθ + f)/(1 + λ), λ = max(5, 1000 (1 + 1e-4 step)^−2), as
-                   in the authors' code
-    backend        "dense": the (B, K) logits in plain torch; "fused": mvrepro.heads.sweep, which sweeps over the
-                   classes and never has them; "auto": dense where the logits are small (1 MiB), else
-                   fused. All give the same loss and gradients; repr says which the last call used
-    keep           what "fused" keeps of the cosines for the backward pass: "none", "float32", "float16"
-                   (see mvrepro.heads.sweep), or None: what fits into the memory that is free
-    check          look for labels out of range and for NaN in every batch, with one clear error; on
-                   a GPU that waits for the device, so long runs may turn it off
+    t_warmup       steps over which t grows linearly from 0, counted in training mode and kept in the state dict
+    annealing      A-Softmax only: f = (λ cosθ + f)/(1 + λ), λ = max(5, 1000 (1 + 1e-4 step)^−2), as the authors do
+    backend        "dense": the (B, K) logits in plain torch; "fused": mvrepro.heads.sweep, which never has them;
+                   "auto": dense where the logits are small (1 MiB), else fused. All give the same loss and gradients;
+                   repr says which the last call used
+    keep           what "fused" keeps of the cosines for the backward pass, "none", "float32" or "float16" (see
+                   mvrepro.heads.sweep); None: what the memory bears that is free when a batch of this size first comes
+    check          look for labels out of range and for NaN in every batch, with one clear error
 
-    What a loss does not use is ignored, so that one call serves the whole table. Half-precision
-    embeddings are computed with in float32. Raises ValueError for arguments out of range, with the
-    known names for an unknown one.
+    What a loss does not use is ignored, so that one call serves the whole table. Half-precision embeddings are computed
+    with in float32. On a GPU nothing waits for the device where check is off and the labels lie on the CPU. Raises
+    ValueError for arguments out of range, with the known names for an unknown one.
     """
 
     weight: nn.Parameter
@@ -67,31 +68,24 @@ class MarginHead(nn.Module):
         check: bool = True,
     ) -> None:
         super().__init__()
-        if name not in LOSSES:
-            raise ValueError(f"unknown loss {name!r}; known are: {', '.join(LOSSES)}")
+        named: list[tuple[str, str, Any]] = [("loss", name, LOSSES), ("backend", backend, BACKENDS)]
+        for what, given, known in [*named, ("keep", KEEP[0] if keep is None else keep, KEEP)]:
+            if given not in known:
+                raise ValueError(f"unknown {what} {given!r}; known are: {', '.join(known)}")
         loss = LOSSES[name]
         m = DEFAULT_MARGIN[loss.f] if m is None else m
-        least_m = 1.0 if loss.f == "A" else 0.0
-        for what, value, least in [
-            ("embedding_dim", embedding_dim, 1),
-            ("num_classes", num_classes, 2),
-            ("m", m, least_m),
-            ("t", t, 0),
-            ("gamma", gamma, 0),
-            ("t_warmup", t_warmup, 0),
-        ]:
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{what} of {name} must be a number >= {least:g}, got {value}")
+        numbers = {"embedding_dim": embedding_dim, "num_classes": num_classes, "m": m, "t": t, "gamma": gamma}
+        least = {"embedding_dim": 1, "num_classes": 2, "m": 1 if loss.f == "A" else 0}
+        for what, value in {**numbers, "t_warmup": t_warmup}.items():
+            if not (math.isfinite(value) and value >= least.get(what, 0)):
+                raise ValueError(f"{what} of {name} must be a number >= {least.get(what, 0)}, got {value}")
         if not (math.isfinite(s) and s > 0):
             raise ValueError(f"s must be a number > 0, got {s}")
         if not 0 < hard_ratio <= 1:
             raise ValueError(f"hard_ratio must be in (0, 1], got {hard_ratio}")
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; known are: {', '.join(BACKENDS)}")
-        if keep is not None and keep not in KEEP:
-            raise ValueError(f"unknown keep {keep!r}; known are: {', '.join(KEEP)}")
         self.name, self.loss, self.backend, self.keep = name, loss, backend, keep
         self.picked = ""  # the backend of the last call
+        self._picks: dict[int, tuple[str, str]] = {}  # batch size -> what free memory decided
         self.sgd: SGD | None = None  # the step that update_in_backward asks for
         self.embedding_dim, self.num_classes = embedding_dim, num_classes
         self.s, self.m, self.t, self.gamma, self.hard_ratio = s, m, t, gamma, hard_ratio
@@ -113,10 +107,9 @@ class MarginHead(nn.Module):
         """L = −log p_y of every sample, (B,), by the backend."""
         self._check_inputs(embeddings, labels)
         backend, keep = self._pick(len(embeddings))
-        self.picked = backend if backend == "dense" else f"{backend}, keep={keep}"
         if backend == "dense":
+            labels = labels.to(embeddings.device, non_blocking=True)
             return F.cross_entropy(self._logits(embeddings, labels), labels, reduction="none")
-
         update = self._update if self.sgd else None
         losses: Tensor = fused_losses(embeddings, self.weight, labels, self._rule(), keep=keep, update=update)
         return losses
@@ -124,24 +117,58 @@ class MarginHead(nn.Module):
     def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """(B, K): s times the cosines, after the margin at k = y and the emphasis at marked k."""
         self._check_inputs(embeddings, labels)
-        return self._logits(embeddings, labels)
+        return self._logits(embeddings, labels.to(embeddings.device))
 
     def _logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        cos = self.cosines(embeddings)
+        return self._logits_of(self.cosines(embeddings), labels, self.loss.h)
+
+    def _logits_of(self, cos: Tensor, labels: Tensor, h: str | None) -> Tensor:
         target = cos.gather(1, labels[:, None])
         f = self.margin(target)
-        if self.loss.h:
+        if h:
             t, stop = self.current_t(), self.stop_gradient  # no name for the emphasised cosines: it would keep them
-            cos = torch.where(indicator(f, cos), emphasise(self.loss.h, cos, t, stop_gradient=stop), cos)
+            cos = torch.where(indicator(f, cos), emphasise(h, cos, t, stop_gradient=stop), cos)
         if self.easy_margin:
             f = torch.where(target > 0, f, target)
         return self.s * cos.scatter(1, labels[:, None], f)
 
-    def cosines(self, embeddings: Tensor) -> Tensor:
-        """cosθ (B, K) of every embedding with every class weight, in float32 or float64."""
+    def cosines(self, embeddings: Tensor, classes: slice = slice(None)) -> Tensor:
+        """cosθ (B, K) of every embedding with every class weight, or those of some, in float32 or float64."""
         dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
         with torch.autocast(embeddings.device.type, enabled=False):
-            return normalise(embeddings.to(dtype)) @ normalise(self.weight.to(dtype)).T
+            return normalise(embeddings.to(dtype)) @ normalise(self.weight[classes].to(dtype)).T
+
+    @torch.no_grad()
+    def watch(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+        """Of a batch, by the names of WATCHED and with 6 digits: the share of negative classes k ≠ y with
+        f(m, θ_y) < cosθ_k (Eq. 5), the mean cosθ_y, and the mean cosθ_k of the negative classes."""
+        labels = labels.to(embeddings.device)
+        cos = self.cosines(embeddings)
+        target = cos.gather(1, labels[:, None])
+        marked = (cos > self.margin(target)).scatter(1, labels[:, None], False)
+        return self._watched(marked.sum(), target, cos.sum() - target.sum())
+
+    def _watched(self, marked: Tensor, target: Tensor, negative: Tensor) -> dict[str, float]:
+        """From the count of the marked, the target cosines and the sum of the negatives' cosines."""
+        negatives = len(target) * (self.num_classes - 1)
+        values = (marked / negatives, target.mean(), negative / negatives)
+        return {name: round(value.item(), 6) for name, value in zip(WATCHED, values, strict=True)}
+
+    def study(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+        """What the loss makes of a batch, by the names of STUDIED and with 6 digits: the share of samples whose own
+        class is the nearest; the median p_y; and how far its gradient G = dL/dcosθ (B, K) lies from that of its margin
+        loss, without emphasis and mining: |G − G0|/|G0|."""
+        labels, cos = labels.to(embeddings.device), self.cosines(embeddings.detach()).detach()
+        found = {"top1": (cos.argmax(1) == labels).float().mean().item()}
+        grads: list[Tensor] = []
+        for h, g in ((self.loss.h, self.loss.g), (None, None)):
+            with torch.enable_grad():
+                x = cos.clone().requires_grad_()
+                losses = F.cross_entropy(self._logits_of(x, labels, h), labels, reduction="none")
+                grads += torch.autograd.grad(mine(g, losses, self.gamma, self.hard_ratio), x)
+            found.setdefault("median_p_y", (-losses.detach()).exp().median().item())
+        found["gradient_distance"] = ((grads[0] - grads[1]).norm() / grads[1].norm().clamp(min=1e-30)).item()
+        return {name: float(f"{value:.6g}") for name, value in found.items()}
 
     def margin(self, target: Tensor) -> Tensor:
         """f(m, θ_y) of the target cosines, in any shape."""
@@ -166,35 +193,43 @@ class MarginHead(nn.Module):
         and step: no clipping by the norm over all parameters, no accumulation over several batches, no scaler
         of losses. Raises ValueError for backend "dense" and for negative numbers.
         """
-
         if self.backend == "dense":
-            raise ValueError(
-                "only the fused head updates its weight in the backward pass, and this one has backend='dense'"
-            )
+            text = "only the fused head updates its weight in the backward pass, and this one has backend='dense'"
+            raise ValueError(text)
         self.sgd = SGD(lr, momentum, weight_decay)
         if momentum and self.momentum is None:
             self.momentum = torch.zeros_like(self.weight)
 
-    def _update(self, classes: slice, grad: Tensor) -> None:
+    def _update(self, classes: slice | Tensor, grad: Tensor) -> None:
+        """The step of these rows."""
         assert self.sgd is not None
-        momentum = None if self.momentum is None else self.momentum[classes]
-        self.sgd.step(self.weight[classes], momentum, grad)
+        rows, momentum = self.weight[classes], None if self.momentum is None else self.momentum[classes]
+        self.sgd.step(rows, momentum, grad)
+        if isinstance(classes, Tensor):  # then these are copies
+            self.weight[classes] = rows
+            if self.momentum is not None and momentum is not None:
+                self.momentum[classes] = momentum
 
     def _pick(self, batch: int) -> tuple[str, str]:
-        """(backend, keep) for a batch of this size."""
-        if self.backend == "dense":
-            return "dense", "float32"
-        forced = self.backend == "fused" or self.sgd is not None
-        if forced and self.keep:
-            return "fused", self.keep
-
-        backend, keep = pick(batch, self.weight)
-        return "fused" if forced else backend, self.keep or keep
+        """(backend, keep) for a batch of this size, the same at each step."""
+        backend, keep = self.backend if self.sgd is None else "fused", self.keep
+        if backend == "auto" or (backend == "fused" and keep is None):
+            if batch not in self._picks:
+                self._picks[batch] = pick(batch, self.weight)
+            found = self._picks[batch]
+            backend, keep = found[0] if backend == "auto" else backend, keep or found[1]
+        self.picked = backend if backend == "dense" else f"{backend}, keep={keep}"
+        return backend, keep or KEEP[0]
 
     def _rule(self) -> Rule:
+        return Rule(self.s, self.margin, self.loss.h, self.current_t(), self.easy_margin, self.stop_gradient)
 
-        t = self.current_t()
-        return Rule(self.s, self.margin, self.loss.h, t, self.easy_margin, self.stop_gradient)
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "MarginHead":
+        """Moves all but the count of steps, which stays on the CPU: a warm-up of t would wait for the device."""
+        step = self.step
+        super()._apply(fn, recurse)
+        self.step = step
+        return self
 
     def _check_inputs(self, embeddings: Tensor, labels: Tensor) -> None:
         d, k = self.embedding_dim, self.num_classes

@@ -1,13 +1,13 @@
 """The margin head without its B × K logits: one sweep over the classes forward, another one backward.
 
-Every loss of mvrepro.losses needs two numbers of a sample: the cosine of its own class, and the
-logarithm of what the other classes add to the denominator of Eqs. 1, 3 and 6,
+Every loss of mvrepro.losses needs two numbers of a sample: the cosine of its own class, and the logarithm of what the
+other classes add to the denominator of Eqs. 1, 3 and 6,
 
     O = log Σ_{k≠y} h(t, θ_k, I_k) e^{s cosθ_k},   with which   L = −log p_y = log(1 + e^{O − s f(m, θ_y)}).
 
-`_Sweep` finds both and their gradients, some thousand classes at a time. Margin and mining stay
-ordinary autograd, on vectors of length B. With u = x/|x|, v = w/|w|, c_ik = u_i·v_k, and Eqs. 7 and 8
-read as a line (a marked c becomes a c + o):
+`_Sweep` finds both and their gradients, some thousand classes at a time. Margin and mining stay ordinary autograd, on
+vectors of length B. With u = x/|x|, v = w/|w|, c_ik = u_i·v_k, and Eqs. 7 and 8 read as a line (a marked c becomes
+a c + o):
 
     forward    c = (u Wᵀ) diag(1/|w|)                        so V, a second W, never exists
                z = s (a c + o) where c > τ = f(m, θ_y), else s c
@@ -17,11 +17,11 @@ read as a line (a marked c becomes a c + o):
                dL/du_i = Σ_k G_ik v_k
                dL/dw_k = (Σ_i G_ik u_i − q_k v_k)/|w_k|      q_k = Σ_i G_ik c_ik = v_k·Σ_i G_ik u_i
 
-The last line is the Jacobian of the normalisation, for one sum a class instead of a matrix product.
-There are four products in all, one more than the least, where the cosines are computed anew in the
-backward sweep (keep="none"; beside dW this takes O(B·chunk + B·D + K) memory), and three where B·K of
-them are kept: in the precision of the computation ("float32") or in half of it ("float16", where a
-number in [−1, 1] has 11 bits and not the 8 of bfloat16; gradients are then good to about 1 %).
+The last line is the Jacobian of the normalisation, for one sum a class instead of a matrix product. There are four
+products in all, one more than the least, where the cosines are computed anew in the backward sweep (keep="none"; beside
+dW this takes O(B·chunk + B·D + K) memory), and three where B·K of them are kept: in the precision of the computation
+("float32") or in half of it ("float16", where a number in [−1, 1] has 11 bits and not the 8 of bfloat16; gradients are
+then good to about 1 %).
 """
 
 import functools
@@ -29,8 +29,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ NOWHERE = -1e30  # in the place of a cosine that takes no part: e^{s NOWHERE} = 
 
 Reduce = Callable[[Tensor, str], Tensor]
 Update = Callable[[slice, Tensor], None]
+Pair = tuple[Tensor, Tensor]
+Form = tuple[float, tuple[Tensor, ...]]
 
 
 def one_rank(part: Tensor, how: str) -> Tensor:
@@ -68,6 +71,20 @@ class Rule:
     t: float | Tensor = 0.0
     easy_margin: bool = False
     stop_gradient: bool = False
+
+    def line(self) -> tuple[float, float, float]:
+        """Eqs. 7 and 8 as a line: jump, bend and log a, where the exponent of a marked c is s c + jump + bend c."""
+        if self.h is None:
+            return 0.0, 0.0, 0.0
+        cos = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+        below, at_0, at_1 = emphasise(self.h, cos, float(self.t)).tolist()
+        a = at_1 - at_0
+        if not (a > 0 and math.isclose(at_0 - below, a, rel_tol=1e-9)):
+            raise NotImplementedError(
+                f"the emphasis h={self.h!r} is no rising line in cosθ_k, which the fused head takes it for: "
+                "use backend='dense', or teach mvrepro.heads.sweep.Rule its form"
+            )
+        return self.s * at_0, self.s * (a - 1), 0.0 if self.stop_gradient else math.log(a)
 
 
 @dataclass
@@ -109,10 +126,11 @@ def fused_losses(
 ) -> Tensor:
     """L = −log p_y of every sample: (B, D) embeddings, (K, D) weight, (B,) int64 labels -> (B,).
 
-    Value and gradient are those of the dense head, in float32 (float64 if an input is). There is no
-    second derivative. torch.compile leaves this function as it is.
+    Value and gradient are those of the dense head, in float32 (float64 if an input is). There is no second derivative.
+    torch.compile leaves this function as it is. With labels on the CPU nothing here waits for a GPU; labels that lie
+    there are fetched, since the host cuts the classes into chunks.
 
-    keep   what stays of the cosines between the two sweeps, one of KEEP (see the top of this module)
+    keep   what stays of the cosines between the two sweeps, one of KEEP
     chunk  classes at a time; None: as many as have their cosines, and a quarter of their weights, in CHUNK_BYTES
     first, reduce   for classes spread over ranks, of which this one holds first … first + K − 1:
            reduce(part, "sum" or "max") combines the ranks' tensors. Every rank calls it with the target
@@ -126,7 +144,8 @@ def fused_losses(
     if chunk is None:
         size = CHUNK_BYTES["cuda" if embeddings.is_cuda else "cpu"]
         chunk = max(1, size // (dtype.itemsize * max(len(labels), weight.shape[1] // 4)))
-    plan = _Plan(rule, labels - first, len(weight), keep if torch.is_grad_enabled() else "none", chunk, reduce, update)
+    keep = keep if torch.is_grad_enabled() else "none"
+    plan = _Plan(rule, labels.cpu() - first, weight, keep, chunk, reduce, update)
     if reduce is one_rank and len(plan.own) < len(labels):
         raise ValueError(f"labels must be in {first} … {first + len(weight) - 1}")
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -160,64 +179,38 @@ def free_memory(device: torch.device) -> int:
     return 0
 
 
-class _Line(NamedTuple):
-    """Eqs. 7 and 8 as a line: the exponent is s c, plus jump + bend c where c is marked; a is its slope over s."""
-
-    s: float
-    jump: float = 0.0
-    bend: float = 0.0
-    log_a: float = 0.0
-
-    @classmethod
-    def of(cls, rule: Rule) -> "_Line":
-        if rule.h is None:
-            return cls(rule.s)
-        cos = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
-        below, at_0, at_1 = emphasise(rule.h, cos, float(rule.t)).tolist()
-        a = at_1 - at_0
-        if not (a > 0 and math.isclose(at_0 - below, a, rel_tol=1e-9)):
-            raise NotImplementedError(
-                f"the emphasis h={rule.h!r} is no rising line in cosθ_k, which the fused head takes it for: "
-                "use backend='dense', or teach mvrepro.heads.sweep._Line its form"
-            )
-        return cls(rule.s, rule.s * at_0, rule.s * (a - 1), 0.0 if rule.stop_gradient else math.log(a))
-
-    @property
-    def constant(self) -> float | None:
-        """A number c such that e^{z − c} is neither 0 nor, summed over 10^7 classes, infinite in float32
-        (e^−87 … e^88) for any z from −s to that of a cosine of 1; None where there is none."""
-        c = max(0.0, self.s + max(0.0, self.jump + self.bend) - 70)
-        return c if self.s + c <= 86 else None
-
-
 class _Plan:
-    """The chunks of a sweep, and where in them the targets are. labels count from this rank's first class."""
+    """The chunks of a sweep, and where in them the targets are. labels: on the CPU, from this rank's first class on."""
 
     def __init__(
-        self,
-        rule: Rule,
-        labels: Tensor,
-        classes: int,
-        keep: str,
-        chunk: int,
-        reduce: Reduce,
-        update: Update | None,
+        self, rule: Rule, labels: Tensor, weight: Tensor, keep: str, chunk: int, reduce: Reduce, update: Update | None
     ) -> None:
-        self.margin, self.line, self.keep, self.reduce, self.update = rule.margin, _Line.of(rule), keep, reduce, update
-        self.chunk = min(chunk, classes)
-        self.edges = [*range(0, classes, self.chunk), classes]
+        self.rule, self.keep, self.reduce, self.update = rule, keep, reduce, update
+        self.jump, self.bend, self.log_a = rule.line()
+        # e^{z − shift} is neither 0 nor, summed over 10^7 classes, infinite in float32 (e^−87 … e^88) for any z from
+        # −s to that of a cosine of 1, with one shift for all where there is such a one
+        self.shift = max(0.0, rule.s + max(0.0, self.jump + self.bend) - 70)
+        self.climbs = rule.s + self.shift > 86  # else it follows the largest z
+        self.chunk = min(chunk, len(weight))
+        self.edges = [*range(0, len(weight), self.chunk), len(weight)]
         ordered, order = labels.sort(stable=True)
-        self.bounds = torch.searchsorted(ordered, torch.tensor(self.edges, device=labels.device)).tolist()
-        inside = slice(self.bounds[0], self.bounds[-1])
-        self.own, self.y = order[inside], ordered[inside]  # samples whose class is on this rank, and the class
+        bounds = torch.searchsorted(ordered, torch.tensor(self.edges)).tolist()
+        self.bounds = [bound - bounds[0] for bound in bounds]
+        inside = slice(bounds[0], bounds[-1])  # the samples whose class is on this rank, and the class:
+        self.own, self.y = (part[inside].to(weight.device, non_blocking=True) for part in (order, ordered))
 
-    def chunks(self, u: Tensor) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor], list[Tensor]]]:
+    def form(self, u: Tensor, lift: float = 0.0) -> Form:
+        """What the body of a chunk needs: s, and jump, plus lift, and bend as far as the loss has them. Those are
+        tensors, since numbers would be compiled in, anew at each step of a warm-up of t."""
+        pair = torch.tensor([self.jump + lift, self.bend], dtype=u.dtype).to(u.device, non_blocking=True)
+        return self.rule.s, pair.unbind()[: {None: 0, "fixed": 1}.get(self.rule.h, 2)]
+
+    def chunks(self, u: Tensor) -> Iterator[tuple[slice, slice, Pair, list[Tensor]]]:
         """Each chunk's classes, where in `own` and `y` its targets are, their (rows, columns) among its (B, n)
         cosines, and four (B, n) buffers in memory that all chunks share."""
         memory = u.new_empty(4, len(u) * self.chunk)
-        bounds = [bound - self.bounds[0] for bound in self.bounds]
-        for i, (start, stop) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
-            here = slice(bounds[i], bounds[i + 1])
+        for (start, stop), where in zip(pairwise(self.edges), pairwise(self.bounds), strict=True):
+            here = slice(*where)
             buffers = memory[:, : len(u) * (stop - start)].view(4, len(u), stop - start)
             yield slice(start, stop), here, (self.own[here], self.y[here] - start), list(buffers)
 
@@ -226,19 +219,19 @@ class _Sweep(torch.autograd.Function):
     """u (B, D), weight (K, D) -> cosθ_y (B,) and O (B,)."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, u: Tensor, weight: Tensor, plan: _Plan) -> Pair:
         dtype = u.dtype
         cos_y = u.new_zeros(len(u))
         cos_y[plan.own] = (u[plan.own] * normalise(weight[plan.y].to(dtype))).sum(1)
         cos_y = plan.reduce(cos_y, "sum")
-        tau = plan.margin(cos_y)[:, None]
+        tau = plan.rule.margin(cos_y)[:, None]
 
         inverse = u.new_empty(len(weight))  # 1/|w|; 0 for a row of length 0
         # A number near the largest z: one that serves all, or the largest z so far, of which none is below −s.
-        top = torch.full_like(tau, -plan.line.s if plan.line.constant is None else plan.line.constant)
+        top = torch.full_like(tau, -plan.rule.s if plan.climbs else plan.shift)
         total = torch.zeros_like(tau)  # Σ_{k≠y} e^{z − top}
         kept = []
-        weigh = _on(u.device, _weigh)
+        weigh, form = _on(u.device, _weigh), plan.form(u)
         for classes, _, targets, (cos, *scratch) in plan.chunks(u):
             block = weight[classes].to(dtype)
             norm = torch.linalg.vector_norm(block, dim=1, out=inverse[classes]).reciprocal_()
@@ -247,7 +240,7 @@ class _Sweep(torch.autograd.Function):
             if plan.keep != "none":
                 kept.append(cos.to(torch.float16 if plan.keep == "float16" else dtype, copy=True))
             cos[targets] = NOWHERE
-            top, total = weigh(plan.line, cos, tau, top, total, *scratch)
+            top, total = weigh(form, plan.climbs, cos, tau, top, total, *scratch)
         highest = plan.reduce(top, "max")
         others = (highest + plan.reduce(total * (top - highest).exp(), "sum").log())[:, 0]
         ctx.plan = plan
@@ -268,7 +261,7 @@ class _Sweep(torch.autograd.Function):
         v_y = norm_y * weight[y].to(dtype)
         dw_y = grad * norm_y * (u[own] - cos_y[own, None] * v_y)
 
-        row = plan.line.s * grad_others  # G_ik = row_i P_ik, so that P alone goes through the products
+        row = plan.rule.s * grad_others  # G_ik = row_i P_ik, so that P alone goes through the products
         row_u = row[:, None] * u
         wants_u, wants_weight = ctx.needs_input_grad[:2]
         du = torch.zeros_like(u) if wants_u else None
@@ -276,7 +269,7 @@ class _Sweep(torch.autograd.Function):
         spare = None  # one chunk of dL/dW, where it can't be computed in its place
         if wants_weight and (plan.update or weight.dtype != dtype):
             spare = u.new_empty(plan.chunk, u.shape[1])
-        share = _on(u.device, _share)
+        share, form = _on(u.device, _share), plan.form(u, plan.log_a)
         with torch.autocast(u.device.type, enabled=False):
             for i, (classes, here, targets, (cos, *scratch)) in enumerate(plan.chunks(u)):
                 block, norm = weight[classes].to(dtype), inverse[classes]
@@ -285,12 +278,12 @@ class _Sweep(torch.autograd.Function):
                 else:
                     torch.mm(u, block.T, out=cos).mul_(norm)
                 cos[targets] = NOWHERE
-                p, q = share(plan.line, cos, tau, others[:, None], norm, row, *scratch)
+                p, pc = share(form, cos, tau, others[:, None], norm, *scratch)
                 if du is not None:
                     du.addmm_(p, block)
                 if wants_weight:
                     out = dweight[classes] if spare is None else spare[: len(block)]
-                    torch.mul(block, (-q * norm)[:, None], out=out).addmm_(p.T, row_u)
+                    torch.mul(block, (-pc.T.mv(row) * norm)[:, None], out=out).addmm_(p.T, row_u)
                     out.index_add_(0, targets[1], dw_y[here])
                     if plan.update:
                         plan.update(classes, out)
@@ -301,42 +294,35 @@ class _Sweep(torch.autograd.Function):
         return du, dweight, None
 
 
-def _exponents(line: _Line, cos: Tensor, tau: Tensor, shift: Tensor, lift: float, *scratch: Tensor) -> Tensor:
-    """z − shift of the cosines, plus lift where marked, in the first scratch: (B, n), but tau and shift (B, 1).
+def _exponents(form: Form, cos: Tensor, tau: Tensor, shift: Tensor, *scratch: Tensor) -> Tensor:
+    """z − shift of the cosines, in the first scratch: (B, n), but tau and shift (B, 1).
 
     A mark is a float 0 or 1: on a CPU torch.where costs as much as a third of a matrix product.
     """
-    out, marks, extra = scratch
-    torch.add(-shift, cos, alpha=line.s, out=out)
-    if line.jump or line.bend:
+    (s, emphasis), (out, marks, extra) = form, scratch
+    torch.add(-shift, cos, alpha=s, out=out)
+    if emphasis:
+        jump, *bend = emphasis
         torch.gt(cos, tau, out=marks)  # Eq. 5
-        jump = line.jump + lift
-        if line.bend:  # not addcmul's value=bend: torch 2.13 compiles the first t of a warm-up into it
-            out.addcmul_(marks, torch.mul(cos, line.bend, out=extra).add_(jump))
-        else:
-            out.add_(marks, alpha=jump)
+        out.addcmul_(marks, torch.mul(cos, bend[0], out=extra).add_(jump) if bend else jump)
     return out
 
 
-def _weigh(
-    line: _Line, cos: Tensor, tau: Tensor, top: Tensor, total: Tensor, *scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """top and total (B, 1) after one more chunk."""
+def _weigh(form: Form, climbs: bool, cos: Tensor, tau: Tensor, top: Tensor, total: Tensor, *scratch: Tensor) -> Pair:
+    """top and total (B, 1) after one more chunk; climbs: top follows the largest z."""
     higher = top
-    if line.constant is None:
+    if climbs:
         most = cos.amax(1, keepdim=True)  # z grows with c
         small = (torch.empty_like(most) for _ in scratch)
-        higher = torch.maximum(top, _exponents(line, most, tau, torch.zeros_like(top), 0.0, *small))
-    terms = _exponents(line, cos, tau, higher, 0.0, *scratch).exp_()
+        higher = torch.maximum(top, _exponents(form, most, tau, torch.zeros_like(top), *small))
+    terms = _exponents(form, cos, tau, higher, *scratch).exp_()
     return higher, total * (top - higher).exp() + terms.sum(1, keepdim=True)
 
 
-def _share(
-    line: _Line, cos: Tensor, tau: Tensor, others: Tensor, norm: Tensor, row: Tensor, *scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """P_ik/|w_k| (B, n) in the first scratch, and q_k/|w_k| (n,)."""
-    p = _exponents(line, cos, tau, others, line.log_a, *scratch).exp_().mul_(norm)
-    return p, torch.mul(cos, p, out=scratch[1]).T.mv(row)
+def _share(form: Form, cos: Tensor, tau: Tensor, others: Tensor, norm: Tensor, *scratch: Tensor) -> Pair:
+    """P_ik/|w_k| (B, n) in the first scratch, and P_ik c_ik/|w_k| in the second."""
+    p = _exponents(form, cos, tau, others, *scratch).exp_().mul_(norm)
+    return p, torch.mul(cos, p, out=scratch[1])
 
 
 def _on(device: torch.device, body: Callable[..., Any]) -> Callable[..., Any]:

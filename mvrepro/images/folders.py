@@ -1,93 +1,119 @@
 """Folders of images: ROOT/PERSON/….jpg, PERSON being whatever the folder is called."""
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError
-from mvrepro.files import write_atomic
-from mvrepro.images.source import SUFFIXES, Source
+from mvrepro.images.source import SUFFIXES, Encoded
+from mvrepro.images.storage import class_names, new_set
+
+HIDDEN = (".", "__MACOSX", "lost+found")  # how names of files and folders begin that systems make for themselves
 
 
-class Folder(Source):
-    """Class ids follow the sorted names of the folders in `root`; an image may lie deeper than they. Files that
-    are no images by their suffix are passed over. The paths are kept as one block of bytes: about 30 bytes an image."""
+class Files(Encoded):
+    """Image files below a folder. Their paths are kept as one block of bytes: about 40 bytes an image."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, inside: Iterable[str]) -> None:
         self.root = root
-        try:
-            people = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        except OSError as error:
-            raise UserError(f"{root} can't be read as a folder: {error.strerror or error}") from None
-        block, ends, counts = bytearray(), [], []
-        for person in tqdm(people, f"listing {root.name}", leave=False, disable=None):
-            paths = sorted(_images(root / person))
-            if not paths:
-                raise UserError(f"{root / person}: no images there ({', '.join(SUFFIXES)})")
-            for path in paths:
-                block += os.fsencode(path)
-                ends.append(len(block))
-            counts.append(len(paths))
-        if not people:
-            raise UserError(f"{root}: expected a folder for each person, found none")
-        self.classes = people
-        self._block, self._ends = bytes(block), np.array([0, *ends], np.int64)
-        self._labels = np.repeat(np.arange(len(people)), counts)
+        block, ends = bytearray(), [0]
+        for path in inside:
+            block += os.fsencode(path)
+            ends.append(len(block))
+        self._block, self._ends = bytes(block), np.array(ends, np.int64)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._ends) - 1
 
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
+    def content(self, i: int) -> bytes:
         try:
-            return self.path(i).read_bytes(), int(self._labels[i])
+            return self.path(i).read_bytes()
         except OSError as error:
-            raise UserError(f"{self.path(i)} can't be read: {error.strerror or error}") from None
-
-    def labels(self) -> NDArray[np.int64]:
-        return self._labels
+            raise UserError(f"{self.path(i)} can't be read as an image: {error.strerror or error}") from None
 
     def path(self, i: int) -> Path:
-        i %= len(self)
-        inside = os.fsdecode(self._block[self._ends[i] : self._ends[i + 1]])
-        assert self.classes is not None
-        return Path(self.root, self.classes[int(self._labels[i])], inside)
+        i = range(len(self))[i]
+        return self.root / os.fsdecode(self._block[self._ends[i] : self._ends[i + 1]])
 
     def where(self, i: int) -> str:
         return str(self.path(i))
 
 
-def _images(folder: Path, prefix: str = "") -> list[str]:
-    found = []
-    for entry in os.scandir(folder):
-        if entry.name[0] == ".":
+class Folder(Files):
+    """Class ids follow the sorted names of the folders in `root`; an image may lie deeper than they. Folders that can't
+    be read, or lead back, are passed over, up to a limit."""
+
+    def __init__(self, root: Path, limit: int = 100) -> None:
+        counts, passed_over = dict.fromkeys(people_in(root), 0), list[str]()
+
+        def listed() -> Iterator[str]:
+            for person in tqdm(list(counts), f"listing {root.name}", leave=False, disable=None):
+                before = len(passed_over)
+                for path in sorted(images_in(root / person, passed_over, (root.resolve(),))):
+                    counts[person] += 1
+                    yield f"{person}/{path}"
+                if len(passed_over) > limit:
+                    raise UserError(f"{root}: more than {limit} folders can't be listed, such as {passed_over[-1]}")
+                if not counts[person] and len(passed_over) == before:
+                    raise UserError(f"{root / person}: no images there ({', '.join(SUFFIXES)})")
+                if not counts[person]:
+                    del counts[person]
+
+        super().__init__(root, listed())
+        if not counts:
+            raise UserError(f"{root}: none of its folders can be read, such as {passed_over[0]}")
+        self.classes, self.passed_over = list(counts), passed_over
+        self.labels = np.repeat(np.arange(len(counts)), list(counts.values()))
+
+
+def people_in(root: Path) -> list[str]:
+    """The sorted names of the folders in a folder, one at least, without HIDDEN ones."""
+    try:
+        people = sorted(
+            entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(HIDDEN)
+        )
+    except OSError as error:
+        raise UserError(f"{root} can't be read as a folder: {error.strerror or error}") from None
+    if not people:
+        raise UserError(f"{root}: expected a folder for each person, found none")
+    return people
+
+
+def images_in(folder: Path, passed_over: list[str], above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """The paths of the images in a folder, in any depth and order. What is HIDDEN, and what is no image by its suffix,
+    doesn't count; folders that can't be read, or contain one of those above them, are added to passed_over."""
+    here = Path(os.path.realpath(folder))
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        passed_over.append(f"{folder}: {error.strerror or error}")
+        return
+    if any(one.is_relative_to(here) for one in above):
+        passed_over.append(f"{folder}: leads back to {here}")
+        return
+    for entry in entries:
+        if entry.name.startswith(HIDDEN):
             continue
-        if entry.is_dir():
-            found += _images(folder / entry.name, f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(SUFFIXES):
-            found.append(prefix + entry.name)
-    return found
+        if entry.name.lower().endswith(SUFFIXES):
+            yield entry.name
+        elif entry.is_dir():
+            inside = images_in(folder / entry.name, passed_over, (*above, here))
+            yield from (f"{entry.name}/{path}" for path in inside)
 
 
-def write_folder(root: Path, source: Source) -> None:
-    """root/PERSON/0000001.jpg; PERSON is the class's name or, where it has none, its number. An image already
-    there is left when it is the same, so that a stopped call can be repeated; another one is an error."""
-    labels = source.labels()
-    width = max(7, len(str(int(labels.max()))))
-    for i in tqdm(range(len(source)), f"writing {root.name}", leave=False, disable=None):
-        content, label = source[i]
-        name = source.classes[label] if source.classes else f"{label:0{width}d}"
-        if not name or "/" in name or name[0] == ".":  # names come out of other people's files
-            raise UserError(f"class {label} is called {name!r}, which can't be the name of a folder")
-        path = root / name / f"{i + 1:07d}{suffix(content)}"
-        if not path.exists():
-            write_atomic(path, content)
-        elif path.read_bytes() != content:
-            raise UserError(f"{path} is there already and another image: remove it or choose another place")
+def write_folder(root: Path, source: Encoded) -> None:
+    """root/PERSON/0000001.jpg; PERSON is the class's name or, where it has none, its number. Whole or not at all."""
+    names = class_names(source)
+    width = max(7, len(str(int(source.labels.max()))))
+    with new_set(root) as aside:
+        for i, label in enumerate(tqdm(source.labels.tolist(), f"writing {root.name}", leave=False, disable=None)):
+            folder = aside / (names[label] if names else f"{label:0{width}d}")
+            folder.mkdir(exist_ok=True)
+            content = source.content(i)
+            (folder / f"{i + 1:07d}{suffix(content)}").write_bytes(content)
 
 
 def suffix(content: bytes) -> str:

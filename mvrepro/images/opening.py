@@ -5,32 +5,40 @@ from pathlib import Path
 from mvrepro.errors import UserError
 from mvrepro.images.folders import Folder
 from mvrepro.images.recordio import Records
-from mvrepro.images.source import Renumbered, Source, check_ids
+from mvrepro.images.source import Encoded, check_ids
 from mvrepro.images.tars import Tars
 
 
-def open_images(path: Path | str, *, renumber: bool = False, allow_holes: bool = False) -> Source:
+def open_images(
+    path: Path | str,
+    *,
+    renumber: bool = False,
+    allow_holes: bool = False,
+    size: int | None = None,
+    bad_limit: int | None = 100,
+) -> Encoded:
     """The training set at `path`: a .rec file, a folder with one, a .tar or a folder of them, or a folder
-    with one folder per class.
+    with one folder per class. size and bad_limit: see Encoded.
 
     Class ids must be 0 … K−1, each with an image: else a UserError names the holes; renumber gives the ids
-    new numbers in their order, allow_holes takes them as they are. Both look at every label, which a .rec
-    without InsightFace's header keeps beside its images: a pass over the file, the first time.
+    new numbers in their order, allow_holes takes them as they are. A .rec without InsightFace's header keeps
+    them beside its images: a pass over the file, the first time.
     Raises UserError where nothing of that is there.
     """
-    source = _open(Path(path))
-    if source.classes is not None and len(source.classes) <= source.labels().max():
+    source = _open(Path(path), bad_limit or 0)
+    if source.classes is not None and len(source.classes) <= source.labels.max():
         raise UserError(
-            f"{path}: classes.txt has {len(source.classes)} names, the class ids go to {source.labels().max()}"
+            f"{path}: classes.txt has {len(source.classes)} names, the class ids go to {source.labels.max()}"
         )
     if renumber:
-        return Renumbered(source)
-    if not allow_holes:
-        check_ids(source.labels(), str(path))
+        source = source.renumbered()
+    elif not allow_holes:
+        check_ids(source.labels, str(path))
+    source.size, source.bad_limit = size, bad_limit
     return source
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path, limit: int) -> Encoded:
     if path.is_dir():
         records, tars = sorted(path.glob("*.rec")), sorted(path.glob("*.tar"))
         if records and tars:
@@ -39,7 +47,7 @@ def _open(path: Path) -> Source:
             raise UserError(f"{path}: has {len(records)} .rec files; say which one, such as {records[0]}")
         if records:
             return Records(records[0])
-        return Tars(tars) if tars else Folder(path)
+        return Tars(tars) if tars else Folder(path, limit)
     if path.suffix == ".rec":
         return Records(path)
     if path.suffix == ".tar":

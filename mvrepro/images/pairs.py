@@ -1,4 +1,4 @@
-"""InsightFace's .bin pair sets (lfw.bin, cfp_fp.bin, agedb_30.bin, …): a pickled (images, same).
+"""Pairs of images, and InsightFace's sets of them (lfw.bin, cfp_fp.bin, agedb_30.bin, …): a pickled (images, same).
 
 images are 2 P encoded images, pair i being 2i and 2i + 1; same are P booleans (arcface_torch, eval/verification.py).
 A pickle may ask Python to call anything; here it gets lists, tuples, bytes and booleans and nothing else.
@@ -6,36 +6,39 @@ A pickle may ask Python to call anything; here it gets lists, tuples, bytes and 
 
 import io
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
+from mvrepro.images.source import Memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
-    """images: 2 P encoded images; same (P,) bool. folds (P,) int64: ten runs of equal length, in order."""
+    """left, right (P,) int64 rows of the images; same (P,) bool; folds (P,) int64, 0 …"""
 
-    images: list[bytes]
+    left: NDArray[np.int64]
+    right: NDArray[np.int64]
     same: NDArray[np.bool_]
+    folds: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.same)
 
-    @property
-    def folds(self) -> NDArray[np.int64]:
-        return ten_folds(len(self))
-
-
-def ten_folds(pairs: int) -> NDArray[np.int64]:
-    """(P,): pairs in order in ten runs, the first ones longer by one where P is no multiple of 10, as
-    scikit-learn's KFold without shuffling cuts them, which InsightFace uses."""
-    return np.repeat(np.arange(10), [pairs // 10 + (fold < pairs % 10) for fold in range(10)])
+    @classmethod
+    def in_order(cls, same: ArrayLike) -> "Pairs":
+        """The rows 2i and 2i + 1, in ten runs, the first ones longer by one where P is no multiple of 10: as
+        scikit-learn's KFold without shuffling cuts them, which InsightFace uses."""
+        pairs = len(same := np.asarray(same, bool))
+        left = 2 * np.arange(pairs)
+        lengths = [pairs // 10 + (fold < pairs % 10) for fold in range(10)]
+        return cls(left, left + 1, same, np.repeat(np.arange(10), lengths))
 
 
 class _Plain(pickle.Unpickler):
@@ -60,9 +63,12 @@ def _encode(text: Any, coding: Any) -> bytes:
     return text.encode("latin1")
 
 
-def read_bin(path: Path) -> Pairs:
-    """Raises UserError that names what a pickle asks for beyond lists, tuples, bytes and booleans (0 and 1 count
-    as such), without having called it; and for what is no such set."""
+def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
+    """The 2 P images, whose labels are all −1: nobody says who they are; and their pairs. size: see Encoded.
+
+    Raises UserError that names what a pickle asks for beyond lists, tuples, bytes and booleans (0 and 1 count as
+    such), without having called it; and for what is no such set.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -90,9 +96,11 @@ def read_bin(path: Path) -> Pairs:
         raise UserError(
             f"{path}: {len(images)} images and {len(same)} pairs, expected two images a pair, one pair at least"
         )
-    return Pairs(list(images), np.array(same, bool))
+    source = Memory(list(images), np.full(len(images), -1, np.int64), str(path))
+    source.size = size
+    return source, Pairs.in_order(same)
 
 
-def write_bin(path: Path, pairs: Pairs) -> None:
-    """As InsightFace's tools read it."""
-    write_atomic(path, pickle.dumps((pairs.images, pairs.same.tolist()), protocol=4))
+def write_bin(path: Path, images: Sequence[bytes], same: ArrayLike) -> None:
+    """As InsightFace's tools read it: 2 P encoded images, P booleans."""
+    write_atomic(path, pickle.dumps((list(images), np.asarray(same, bool).tolist()), protocol=4))

@@ -8,19 +8,20 @@ Nothing of them is ever written into the project but numbers. Decoded pixels are
 folder .mvrepro, since 36,000 JPEGs take longer to open than a small network takes to see them once.
 """
 
-import hashlib
-import io
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvrepro.errors import UserError
-from mvrepro.files import LOCAL, write_atomic
-from mvrepro.images.small import Images
+from mvrepro.files import check_once, read_column, read_lines
+from mvrepro.images.folders import Files, people_in
+from mvrepro.images.pairs import Pairs
+from mvrepro.images.source import Pixels
+from mvrepro.images.storage import is_text, kept_array
 
 SIDE = 112  # of the aligned crops
 SOURCES = {
@@ -28,31 +29,6 @@ SOURCES = {
     "cfp": "Celebrities in Frontal-Profile in the Wild: cfpw.io",
     "celeba": "CelebA, Chinese University of Hong Kong: mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
 }
-
-
-@dataclass(frozen=True)
-class Faces:
-    """pixels (N, 3, H, W) uint8 RGB; names (N,) of the images, unique; people (N,) their names or numbers."""
-
-    pixels: NDArray[np.uint8]
-    names: NDArray[np.str_]
-    people: NDArray[np.str_]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def where(self, keep: NDArray[np.bool_]) -> "Faces":
-        """The images for which keep (N,) is True."""
-        return Faces(self.pixels[keep], self.names[keep], self.people[keep])
-
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,): how many images the person of each image has."""
-        _, inverse, counts = np.unique(self.people, return_inverse=True, return_counts=True)
-        return counts[inverse]
-
-    def images(self) -> Images:
-        """With people numbered 0 … K−1 in the order of their names."""
-        return Images(self.pixels, np.unique(self.people, return_inverse=True)[1].astype(np.int64))
 
 
 def folder(name: str) -> Path:
@@ -69,55 +45,89 @@ def folder(name: str) -> Path:
     )
 
 
-def lfw(size: int) -> Faces:
+def lfw(size: int) -> Pixels:
     """All 13,233 images of 5,749 people, sorted by name."""
-    return _by_person(folder("lfw"), size)
+    images = folder("lfw") / "images"
+    paths = sorted(images.glob("*/*.jpg"))
+    people = [path.parent.name for path in paths]
+    empty = sorted({p.name for p in images.iterdir() if p.is_dir()} - set(people))
+    if empty or not paths:
+        raise UserError(f"{images / (empty[0] if empty else '')}: no images there")
+    for path, person in zip(paths, people, strict=True):
+        name, _, shot = path.stem.rpartition("_")
+        if name != person or not _is_number(shot):
+            raise UserError(f"{path}: expected a name like {person}_0001.jpg in this folder")
+    return _read(images, paths, [path.stem for path in paths], people, size)
 
 
-def cfp(size: int) -> Faces:
+def cfp(size: int) -> Pixels:
     """10 frontal and 4 profile images of each of 500 people; names such as "001/frontal/01"."""
     here = folder("cfp")
-    people = {f"{number:03d}": name for number, name in enumerate(read_names(here / "names.txt"), 1)}
+    people = {f"{number:03d}": name for number, name in enumerate(read_column(here / "names.txt", once=same_name), 1)}
     paths = sorted((here / "images").glob("*/*/*.jpg"))
     places = [path.parts[-3:-1] for path in paths]
-    found, expected = set(places), [(number, side) for number in people for side in ("frontal", "profile")]
-    for number, side in sorted(found - set(expected)):
-        what = "only frontal and profile belong there" if number in people else "names.txt has no line for it"
-        raise UserError(f"{here / 'images' / number / side}: {what}")
-    for number, side in expected:
-        if (number, side) not in found:
+    expected = {(number, side) for number in people for side in ("frontal", "profile")}
+    for number, side in sorted(expected ^ set(places)):
+        if (number, side) in expected:
             raise UserError(
                 f"{here / 'names.txt'}, line {int(number)}: {people[number]} has no images in images/{number}/{side}"
             )
+        what = "only frontal and profile belong there" if number in people else "names.txt has no line for it"
+        raise UserError(f"{here / 'images' / number / side}: {what}")
     names = [f"{number}/{side}/{path.stem}" for (number, side), path in zip(places, paths, strict=True)]
-    return Faces(_pixels(paths, size, here), np.array(names), np.array([people[number] for number, _ in places]))
+    return _read(here / "images", paths, names, [people[number] for number, _ in places], size)
 
 
-def celeba(size: int) -> Faces:
+def celeba(size: int) -> Pixels:
     """The images that identity.txt lists; people are its numbers, which say nothing about who they are."""
     here = folder("celeba")
-    path, lines = here / "identity.txt", _lines(here / "identity.txt")
-    files, people = [], []
+    path, lines = here / "identity.txt", read_lines(here / "identity.txt")
+    paths, people = [], []
     for number, line in lines:
         parts = line.split()
         if len(parts) != 2 or not _is_number(parts[1]):
             raise UserError(f"{path}, line {number}: expected 'image.jpg person', got {line!r}")
-        files.append(here / "images" / parts[0])
-        if not files[-1].is_file():
-            raise UserError(f"{path}, line {number}: there is no image {files[-1]}")
+        paths.append(here / "images" / parts[0])
+        if not paths[-1].is_file():
+            raise UserError(f"{path}, line {number}: there is no image {paths[-1]}")
         people.append(f"celeba-{int(parts[1]):05d}")
-    names = [file.stem for file in files]
-    _unique(names, [number for number, _ in lines], path)
-    return Faces(_pixels(files, size, here), np.array(names), np.array(people))
+    names = [file.stem for file in paths]
+    check_once(path, zip((number for number, _ in lines), names, strict=True))
+    return _read(here / "images", paths, names, people, size)
 
 
-def read_names(path: Path) -> list[str]:
-    """One name a line, each once: same_name decides what is the same."""
-    lines = _lines(path)
-    for expected, (number, _) in enumerate(lines, 1):
-        if number != expected:
-            raise UserError(f"{path}, line {expected}: expected a name, got an empty line")
-    _unique([same_name(name) for _, name in lines], [number for number, _ in lines], path)
+def _read(images: Path, paths: Sequence[Path], names: Sequence[str], people: Sequence[str], size: int) -> Pixels:
+    """The files in this order, made smaller; out of what is kept where that holds just these files."""
+    from PIL import Image
+
+    if not 1 <= size <= SIDE:
+        raise UserError(f"image_size must be in 1 … {SIDE} for aligned faces, got {size}")
+    files = Files(images, (str(path.relative_to(images)) for path in paths))
+    files.size = SIDE
+
+    def build() -> NDArray[np.uint8]:
+        shape = (size, size)
+        faces = (files.read(np.array([i]))[0].transpose(1, 2, 0) for i in range(len(files)))
+        small = [np.asarray(Image.fromarray(face).resize(shape, Image.Resampling.BOX)) for face in faces]
+        return np.stack(small).transpose(0, 3, 1, 2)
+
+    pixels = np.array(kept_array(f"faces/{images.parent.name}-{size}", paths, build), order="C")
+    plain = (np.array([unicodedata.normalize("NFC", name) for name in column]) for column in (people, names))
+    return Pixels.of_people(pixels, *plain)
+
+
+def people_of(path: Path, *, empty: bool = False) -> list[str]:
+    """The people that a folder has folders of, or that a list names, each once: a name a line, or, as LFW's people.txt
+    has it, "name<tab>number of images", between lines that only count. An empty list is an error unless `empty`."""
+    if path.is_dir():
+        for name in (people := people_in(path)):
+            if not is_text(name):
+                raise UserError(f"{path}: {name!r} is no name in UTF-8: rename that folder")
+        return people
+    lines = read_lines(path, empty=empty)
+    if any("\t" in line for _, line in lines):
+        lines = [(number, line.split("\t")[0].strip()) for number, line in lines if not _is_number(line)]
+    check_once(path, ((number, same_name(name)) for number, name in lines))
     return [name for _, name in lines]
 
 
@@ -151,30 +161,20 @@ SPELLINGS = {
 
 def same_name(name: str) -> str:
     """The form in which names of different sets are compared: blanks for underscores, case ignored, SPELLINGS."""
-    plain = " ".join(name.replace("_", " ").split()).casefold()
+    plain = " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split()).casefold()
     return SPELLINGS.get(plain, plain)
 
 
-def overlapping(people: Sequence[str] | NDArray[np.str_], others: Sequence[str] | NDArray[np.str_]) -> set[str]:
+def overlapping(people: Iterable[str], others: Iterable[str]) -> set[str]:
     """Those of `people` that are also in `others` by name: what the paper's "-R" step removes."""
     known = {same_name(str(name)) for name in others}
     return {str(name) for name in people if same_name(str(name)) in known}
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """left, right (P,) int64 rows of the images; same (P,) bool; folds (P,) int64, 0 …"""
-
-    left: NDArray[np.int64]
-    right: NDArray[np.int64]
-    same: NDArray[np.bool_]
-    folds: NDArray[np.int64]
-
-
 def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
     """View 2 (pairs.txt) or View 1 (pairsDevTest.txt, one fold): a first line "folds pairs" or "pairs",
     then per fold so many lines "name i j" of the same person and "name i other j" of two."""
-    lines = _lines(path)
+    lines = read_lines(path)
     head = lines[0][1].split()
     if len(head) > 2 or not all(_is_number(part) and int(part) > 0 for part in head):
         raise UserError(f"{path}, line {lines[0][0]}: expected 'folds pairs' or 'pairs', got {lines[0][1]!r}")
@@ -211,7 +211,7 @@ def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:
     for fold in range(10):
         for file, same in (("same.txt", True), ("diff.txt", False)):
             path = here / "Split" / kind / f"{fold + 1:02d}" / file
-            for number, line in _lines(path):
+            for number, line in read_lines(path):
                 parts = line.split(",")
                 if len(parts) != 2 or not all(_is_number(part.strip()) for part in parts):
                     raise UserError(f"{path}, line {number}: expected 'index,index', got {line!r}")
@@ -226,7 +226,7 @@ def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:
 
 def _cfp_list(path: Path, row: dict[str, int]) -> dict[int, int]:
     index: dict[int, int] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         parts = line.split()
         name = "/".join(parts[-1].removesuffix(".jpg").split("/")[-3:])
         if len(parts) != 2 or not _is_number(parts[0]) or name not in row:
@@ -242,88 +242,6 @@ def _pairs(found: list[tuple[int, int, bool, int]]) -> Pairs:
     return Pairs(left, right, same.astype(bool), folds)
 
 
-def _by_person(here: Path, size: int) -> Faces:
-    paths = sorted((here / "images").glob("*/*.jpg"))
-    people = [path.parent.name for path in paths]
-    empty = sorted({p.name for p in (here / "images").iterdir() if p.is_dir()} - set(people))
-    if empty or not paths:
-        raise UserError(f"{here / 'images' / (empty[0] if empty else '')}: no images there")
-    for path in paths:
-        person, _, shot = path.stem.rpartition("_")
-        if person != path.parent.name or not _is_number(shot):
-            raise UserError(f"{path}: expected a name like {path.parent.name}_0001.jpg in this folder")
-    return Faces(_pixels(paths, size, here), np.array([path.stem for path in paths]), np.array(people))
-
-
-def _pixels(paths: Sequence[Path], size: int, here: Path) -> NDArray[np.uint8]:
-    """(N, 3, size, size) of the files in this order, out of the cache where it holds just these files."""
-    if not 1 <= size <= SIDE:
-        raise UserError(f"image_size must be in 1 … {SIDE} for aligned faces, got {size}")
-    key = hashlib.sha256(f"{size}\n".encode())
-    for path in paths:
-        try:
-            state = path.stat()
-        except OSError as error:
-            raise UserError(f"{path} can't be read as an image: {error}") from None
-        key.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
-    cache = LOCAL / "faces" / f"{here.name}-{size}-{key.hexdigest()[:16]}.npy"
-    if (known := _cached(cache)) is not None:
-        return known
-    pixels = np.stack([_read(path, size) for path in paths])
-    buffer = io.BytesIO()
-    np.save(buffer, pixels)
-    content = buffer.getvalue()
-    write_atomic(cache, content + hashlib.sha256(content).digest())
-    return pixels
-
-
-def _cached(path: Path) -> NDArray[np.uint8] | None:
-    """What is kept there, an .npy and its sha256; None where that is missing or damaged: then it is made anew."""
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    content, digest = stored[:-32], stored[-32:]
-    return np.asarray(np.load(io.BytesIO(content))) if hashlib.sha256(content).digest() == digest else None
-
-
-def _read(path: Path, size: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.size != (SIDE, SIDE):
-                raise UserError(f"{path}: {image.size[0]}×{image.size[1]} pixels, aligned faces are {SIDE}×{SIDE}")
-            small = image.convert("RGB").resize((size, size), Image.Resampling.BOX)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's for damaged files
-        raise UserError(f"{path} can't be read as an image: {error}") from None
-    return np.asarray(small).transpose(2, 0, 1)
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a list that hold something, at least one, with their numbers."""
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path} can't be read as a list: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8, {error.reason}") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: the list is empty")
-    return lines
-
-
 def _is_number(text: str) -> bool:
     """Digits that int() reads: no sign, no "²", no thousands of them."""
     return text.isdecimal() and len(text) < 10
-
-
-def _unique(names: Sequence[str], numbers: Sequence[int], path: Path) -> None:
-    first: dict[str, int] = {}
-    for name, number in zip(names, numbers, strict=True):
-        if name in first:
-            raise UserError(f"{path}, lines {first[name]} and {number}: {name} stands there twice")
-        first[name] = number

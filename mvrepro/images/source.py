@@ -1,136 +1,261 @@
-"""What all formats share: the interface, decoding, numbering of classes, and files that are whole or not there."""
+"""What every source of images has in common: the protocol, images in memory, encoded ones, and class ids.
+
+Encoded sources hold nothing of a set but what finds an image, and may be sent to other processes.
+"""
 
 import contextlib
-import hashlib
 import io
-import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvrepro.errors import UserError
-from mvrepro.files import LOCAL, atomic_file, write_atomic
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # Pillow knows others that start programs
 
 
-class Source(ABC):
-    """N encoded images (JPEG, PNG, …) with class ids. May be sent to other processes; holds no image."""
+class Images(Protocol):
+    """N images with class ids: what a network is trained on and tested with, wherever it lies."""
 
-    classes: list[str] | None = None  # names by class id, where the format has them
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) class ids."""
 
-    @abstractmethod
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the people by class id, where the source has them."""
+
+    @property
+    def names(self) -> NDArray[np.str_] | None:
+        """(N,) names of the images, where lists go by them: LFW, CFP and CelebA have them, encoded sources none."""
+
     def __len__(self) -> int:
         """N."""
 
-    @abstractmethod
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        """Image i as it is stored, and its class id. Raises IndexError, and UserError for damaged files."""
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(n, C, H, W): the images of these rows, RGB or grey."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Images in memory: pixels (N, C, H, W) uint8; labels (N,) int64: 0 … K−1, each at least once."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: list[str] | None = None
+    names: NDArray[np.str_] | None = None
+
+    @classmethod
+    def of_people(
+        cls, pixels: NDArray[np.uint8], people: NDArray[np.str_], names: NDArray[np.str_] | None = None
+    ) -> "Pixels":
+        """Class ids follow the order of the people's names; people (N,)."""
+        classes, labels = np.unique(people, return_inverse=True)
+        return cls(pixels, labels.astype(np.int64), classes.tolist(), names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """labels, as protocols call them."""
+        return self.labels
+
+    @property
+    def people(self) -> NDArray[np.str_]:
+        """(N,): the name of each image's person; of a set that has no names, its class id."""
+        return self.labels.astype(np.str_) if self.classes is None else np.array(self.classes)[self.labels]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,): how many images the person of each image has."""
+        return np.bincount(self.labels)[self.labels]
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self.pixels[rows]
+
+    def of(self, chosen: NDArray[np.int64]) -> "Pixels":
+        """The images of the chosen ids only, renumbered in the order of `chosen`."""
+        return self._some(np.isin(self.labels, chosen), chosen)
+
+    def where(self, keep: NDArray[np.bool_]) -> "Pixels":
+        """The images for which keep (N,) is True, ids renumbered in their order."""
+        return self._some(keep, np.unique(self.labels[keep]))
+
+    def joined(self, other: "Pixels") -> "Pixels":
+        """The images of both, by their people: who has one name is one person."""
+        pixels, people = np.concatenate([self.pixels, other.pixels]), np.concatenate([self.people, other.people])
+        names = None if self.names is None or other.names is None else np.concatenate([self.names, other.names])
+        return Pixels.of_people(pixels, people, names)
+
+    def _some(self, keep: NDArray[np.bool_], chosen: NDArray[np.int64]) -> "Pixels":
+        order = np.argsort(chosen)
+        labels = order[np.searchsorted(chosen, self.labels[keep], sorter=order)].astype(np.int64)
+        classes = None if self.classes is None else [self.classes[i] for i in chosen.tolist()]
+        return Pixels(self.pixels[keep], labels, classes, None if self.names is None else self.names[keep])
+
+
+class Encoded(ABC):
+    """Images as JPEG, PNG, …, decoded when they are read.
+
+    size: the side that each must have; None: those of one read() must be alike.
+    bad_limit: how many of them (for each process that reads) may be passed over because they don't decode. None:
+    every image counts, the first that doesn't decode is an error. bad: the numbers of those that were passed over.
+    passed_over: what couldn't even be listed, and why.
+    """
+
+    labels: NDArray[np.int64]
+    classes: list[str] | None = None
+    names: NDArray[np.str_] | None = None
+    size: int | None = None
+    bad_limit: int | None = None
+    passed_over: Sequence[str] = ()
+
+    @cached_property
+    def bad(self) -> set[int]:
+        return set()
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @abstractmethod
-    def labels(self) -> NDArray[np.int64]:
-        """(N,) class ids of all images; may take a pass over the files the first time."""
+    def content(self, i: int) -> bytes:
+        """Image i as it is stored. Raises IndexError, and UserError for damaged files."""
 
     @abstractmethod
     def where(self, i: int) -> str:
         """Where image i lies, for messages."""
 
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(n, 3, H, W) RGB. For an image that does not decode stands the next of its class that does, so that
+        labels[rows] holds.
 
-class Renumbered(Source):
-    """A source whose ids become 0 … K−1 in their order; old (K,) int64 are the ids they had."""
+        Raises UserError that names an image of another size, the last of more than bad_limit that don't decode, and a
+        class of which none does.
+        """
+        pixels: list[NDArray[np.uint8]] = []
+        shape = None if self.size is None else (self.size, self.size)
+        for i in np.asarray(rows).tolist():
+            pixels.append(self._pixels(i, shape))
+            shape = pixels[0].shape[1:]
+        return np.stack(pixels) if pixels else np.empty((0, 3, self.size or 0, self.size or 0), np.uint8)
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.old = np.unique(source.labels())
-        if source.classes is not None:
-            self.classes = [source.classes[i] for i in self.old.tolist()]
+    def without(self, removed: NDArray[np.int64]) -> "View":
+        """Without some of the classes: the "-R" step done for real. The ids of the others stay as they are."""
+        rows = np.flatnonzero(~np.isin(self.labels, removed))
+        return View(self, rows, self.labels[rows], self.classes)
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def renumbered(self) -> "View":
+        """With the ids 0 … K−1 in the order of those they have."""
+        old, labels = np.unique(self.labels, return_inverse=True)
+        classes = None if self.classes is None else [self.classes[i] for i in old.tolist()]
+        return View(self, np.arange(len(self)), labels.astype(np.int64), classes)
 
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        content, label = self.source[i]
-        return content, int(np.searchsorted(self.old, label))
+    def _pixels(self, i: int, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
+        for at in self._stand_ins(i):
+            try:
+                return decode(self.content(at), shape)
+            except WrongSize as error:
+                raise UserError(f"{self.where(at)}: {error}") from None
+            except ValueError as error:
+                if self.bad_limit is None:
+                    raise UserError(f"{self.where(at)} can't be read as an image: {error}") from None
+                self.bad.add(at)
+                if len(self.bad) > self.bad_limit:
+                    raise UserError(
+                        f"{len(self.bad)} images don't decode, more than the limit of {self.bad_limit}; "
+                        f"the last: {self.where(at)}: {error}"
+                    ) from None
+        raise UserError(f"no image of the class {self.labels[i]} decodes: leave it out or mend one, {self.where(i)}")
 
-    def labels(self) -> NDArray[np.int64]:
-        return np.searchsorted(self.old, self.source.labels())
+    def _stand_ins(self, i: int) -> Iterator[int]:
+        """Image i, then those of its class that follow, in a circle; without those that are known not to decode."""
+        if i not in self.bad:
+            yield i
+        same = np.flatnonzero(self.labels == self.labels[i])
+        yield from (at for at in np.roll(same, -int(np.searchsorted(same, i))).tolist() if at not in self.bad)
 
-    def where(self, i: int) -> str:
-        return self.source.where(i)
+    def _settings(self) -> dict[str, Any]:
+        """What a source that other processes open anew takes along."""
+        return {"size": self.size, "bad_limit": self.bad_limit, "bad": self.bad}
 
 
-class Without(Source):
-    """A source without some of its classes: "-R" done for real. The ids of the others stay as they are."""
+class View(Encoded):
+    """Some rows (n,) of a source, with class ids of their own."""
 
-    def __init__(self, source: Source, removed: NDArray[np.int64]) -> None:
-        self.source, self.classes = source, source.classes
-        self.rows = np.flatnonzero(~np.isin(source.labels(), removed))
+    def __init__(
+        self, source: Encoded, rows: NDArray[np.int64], labels: NDArray[np.int64], classes: list[str] | None
+    ) -> None:
+        self.source, self.rows, self.labels, self.classes = source, rows, labels, classes
+        self.passed_over = source.passed_over
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        return self.source[int(self.rows[i])]
-
-    def labels(self) -> NDArray[np.int64]:
-        return np.asarray(self.source.labels()[self.rows])
+    def content(self, i: int) -> bytes:
+        return self.source.content(int(self.rows[i]))
 
     def where(self, i: int) -> str:
         return self.source.where(int(self.rows[i]))
 
 
-class Decoded:
-    """[i] -> ((3, size, size) uint8 RGB, class id). An image that does not decode is skipped: the next one
-    that does stands in for it, and `bad` holds its number.
+class Memory(Encoded):
+    """Encoded images that are in memory already; `what` they are, for messages."""
 
-    limit: how many images (of each process that reads) may be bad before a UserError names the last of them.
-    An image of another size than size × size is an error at once: the set was not aligned as expected.
+    def __init__(self, contents: list[bytes], labels: NDArray[np.int64], what: str) -> None:
+        self.contents, self.labels, self.what = contents, labels, what
+
+    def content(self, i: int) -> bytes:
+        return self.contents[i]
+
+    def where(self, i: int) -> str:
+        return f"{self.what}, image {i}"
+
+
+class WrongSize(ValueError):
+    """An image of another size than was expected."""
+
+
+def decode(content: bytes, shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
+    """(3, H, W) uint8 RGB of an encoded image, upright by its EXIF orientation, on black where it is transparent.
+
+    Raises ValueError with the reason where it is damaged, or is of more than Pillow's 89 million pixels, which take
+    about 1 GB; WrongSize, by its header and with nothing of it decoded, where it is not of this shape (H, W).
     """
-
-    def __init__(self, source: Source, *, size: int = 112, limit: int = 100) -> None:
-        self.source, self.size, self.limit = source, size, limit
-        self.bad: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> tuple[NDArray[np.uint8], int]:
-        for step in range(len(self.source)):
-            at = (i + step) % len(self.source)
-            content, label = self.source[at]
-            try:
-                pixels = decode(content)
-            except ValueError as error:
-                self.bad.add(at)
-                if len(self.bad) > self.limit:
-                    raise UserError(
-                        f"{len(self.bad)} images don't decode, more than the limit of {self.limit}; "
-                        f"the last: {self.source.where(at)}: {error}"
-                    ) from None
-                continue
-            if pixels.shape[1:] != (self.size, self.size):
-                raise UserError(
-                    f"{self.source.where(at)}: {pixels.shape[2]}×{pixels.shape[1]} pixels, "
-                    f"expected {self.size}×{self.size}"
-                )
-            return pixels, label
-        raise UserError(f"none of the {len(self.source)} images decodes; one of them: {self.source.where(0)}")
-
-
-def decode(content: bytes) -> NDArray[np.uint8]:
-    """(3, H, W) uint8 RGB of an encoded image. Raises ValueError with Pillow's reason where it is damaged."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tags
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if shape is not None and (image.height, image.width) != shape:
+                raise WrongSize(f"{image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}")
+            return np.ascontiguousarray(np.asarray(_rgb(image)).transpose(2, 0, 1))
+    except (WrongSize, MemoryError):
+        raise
+    except Exception as error:  # for damaged files, Pillow raises all sorts of things
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise ValueError(f"{reason} ({len(content)} bytes)") from None
+
+
+def _rgb(image: Any) -> Any:
+    """Pillow's image in RGB. Raises ValueError for a mode whose values have no known range."""
+    from PIL import Image, ImageOps
+
+    image.load()
+    with contextlib.suppress(Exception):  # a tag that can't be read turns nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, of which it isn't known what is white")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def check_ids(labels: NDArray[np.int64], what: str) -> None:
@@ -149,79 +274,3 @@ def check_ids(labels: NDArray[np.int64], what: str) -> None:
         f"{what}: {classes - len(present)} of the class ids 0 … {classes - 1} have no image: {names}{more}; "
         "ask for the ids to be renumbered (--renumber) or mend the set"
     )
-
-
-def read_classes(folder: Path) -> list[str] | None:
-    """Names by class id out of classes.txt, one a line; None where there is none."""
-    path = folder / "classes.txt"
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.is_file() else None
-
-
-def write_classes(folder: Path, source: Source) -> None:
-    if source.classes:
-        write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-
-
-class Reader:
-    """Bytes of a file by their place; its handle is opened anew in each process that uses it."""
-
-    _handle: tuple[int, int] | None = None  # process, descriptor
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.path, self.size = path, path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror or error}") from None
-
-    def read(self, start: int, count: int) -> bytes:
-        """As many of the bytes as the file has."""
-        if self._handle is None or self._handle[0] != os.getpid():
-            try:
-                self._handle = os.getpid(), os.open(self.path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{self.path} can't be read: {error.strerror or error}") from None
-        try:
-            return os.pread(self._handle[1], count, start)
-        except OSError as error:
-            raise UserError(f"{self.path} can't be read at byte {start}: {error.strerror or error}") from None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "_handle": None}
-
-    def __del__(self) -> None:
-        if self._handle and self._handle[0] == os.getpid():
-            with contextlib.suppress(OSError):
-                os.close(self._handle[1])
-
-
-def kept_array(kind: str, files: list[Path], build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """What `build` computes from these files, memory-mapped from .mvrepro: built once, and anew when a
-    file's size or time changes or the kept array is damaged."""
-    key = hashlib.sha256(kind.encode())
-    for file in files:
-        state = file.stat()
-        key.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    path = LOCAL / "formats" / f"{files[0].name}-{kind}-{key.hexdigest()[:16]}.npy"
-    if (array := _load(path)) is None:
-        buffer = io.BytesIO()
-        np.save(buffer, build())
-        write_atomic(path, buffer.getvalue())
-        array = _load(path)
-    assert array is not None
-    return array
-
-
-def _load(path: Path) -> NDArray[Any] | None:
-    try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError):
-        return None
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """files.atomic_file where nothing is yet. Raises UserError where something is."""
-    if path.exists():
-        raise UserError(f"{path} is there already: remove it or choose another place")
-    with atomic_file(path) as file:
-        yield file

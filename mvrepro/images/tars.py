@@ -7,6 +7,7 @@ Images are read where they lie, so the shards must not be compressed.
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,35 +15,34 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.images.folders import suffix
-from mvrepro.images.source import SUFFIXES, Reader, Source, kept_array, new_file, read_classes, write_classes
+from mvrepro.images.source import SUFFIXES, Encoded
+from mvrepro.images.storage import Reader, kept_array, new_set, read_classes, write_classes
 
 
-class Tars(Source):
+class Tars(Encoded):
     """The images of all shards in the order in which they lie there."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.files = [Reader(path) for path in paths]
         # (N, 4) int64: shard, offset, bytes, class id. The first time takes a pass over the shards' headers.
-        self._index = kept_array("index", paths, lambda: np.concatenate([_scan(*p) for p in enumerate(self.files)]))
+        self._index = kept_array(
+            f"formats/{paths[0].name}-index", paths, lambda: np.concatenate([_scan(*p) for p in enumerate(self.files)])
+        )
+        self.labels = self._index[:, 3]
         self.classes = read_classes(paths[0].parent)
         if not len(self._index):
             raise UserError(f"{paths[0]}: no images there")
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        shard, offset, count, label = self._index[i].tolist()
-        return self.files[shard].read(offset, count), label
-
-    def labels(self) -> NDArray[np.int64]:
-        return self._index[:, 3]
+    def content(self, i: int) -> bytes:
+        shard, offset, count, _ = map(int, self._index[i])
+        return self.files[shard].read(offset, count)
 
     def where(self, i: int) -> str:
         shard, offset, *_ = self._index[i].tolist()
         return f"{self.files[shard].path}, the file at byte {offset}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tars, ([file.path for file in self.files],), self._settings()
 
 
 def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
@@ -85,16 +85,17 @@ def _class_id(content: bytes, where: str) -> int:
     return int(text)
 
 
-def write_tars(root: Path, source: Source, shard_size: int = 10_000) -> None:
-    """root/000000.tar, 000001.tar, … of shard_size images each, in the order of `source`; the names of
-    classes, where it has them, go to root/classes.txt."""
-    for shard, first in enumerate(range(0, len(source), shard_size)):
-        with new_file(root / f"{shard:06d}.tar") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            these = range(first, min(first + shard_size, len(source)))
-            for i in tqdm(these, f"writing {shard:06d}.tar", leave=False, disable=None):
-                content, label = source[i]
-                for kind, data in ((suffix(content), content), (".cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{i:09d}{kind}")  # its time is 0: the same images are the same bytes
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-    write_classes(root, source)
+def write_tars(root: Path, source: Encoded, shard_size: int = 10_000) -> None:
+    """root/000000.tar, 000001.tar, … of shard_size images each, in the order of `source`; the names of classes, where
+    it has them, go to root/classes.txt. Whole or not at all."""
+    with new_set(root) as aside:
+        write_classes(aside, source)
+        for shard, first in enumerate(range(0, len(source), shard_size)):
+            with tarfile.open(aside / f"{shard:06d}.tar", "w") as tar:
+                labels = source.labels[first : first + shard_size].tolist()
+                for i, label in enumerate(tqdm(labels, f"writing shard {shard}", leave=False, disable=None), first):
+                    content = source.content(i)
+                    for kind, data in ((suffix(content), content), (".cls", str(label).encode())):
+                        member = tarfile.TarInfo(f"{i:09d}{kind}")  # its time is 0: the same images are the same bytes
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))

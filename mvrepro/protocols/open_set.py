@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mvrepro.errors import UserError
+from mvrepro.files import read_column
 from mvrepro.protocols.scores import Largest, unit
 from mvrepro.protocols.verification import check_fprs, impostor_pairs, operating_points, scan_pairs, to_keep, tpr_at_fpr
 
@@ -142,12 +143,9 @@ def _rows(names: Sequence[str]) -> dict[str, int]:
 
 def _trials(path: Path) -> Iterator[list[Entry]]:
     """The trials of one list: their number, then for each the number of images and a line "index, name" an image."""
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the folder of the BLUFR lists must hold it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read as text: {error}") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the folder of the BLUFR lists must hold it")
+    lines = read_column(path, empty=True)
     at = 0
 
     def count(of: str) -> int:

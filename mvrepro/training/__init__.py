@@ -1,14 +1,12 @@
-"""Training at the paper's scale: python -m mvrepro scale, alone or under torchrun. docs/scale.md says how.
+"""Training: one loop for every profile, alone or under torchrun. docs/scale.md says how to use it.
 
-    config     every setting, and which of them may change when a run goes on
-    ranks      the processes of a run: who they are, what they agree on, who speaks
-    data       which image comes when, and reading it without keeping the device waiting
-    network    backbone, head and one step of both
-    snapshots  the state of all ranks on disk, whole or not there
-    verify     accuracy on pair sets while training
-    logs       JSON lines, and TensorBoard
-    loop       all of it together
-    overhead   what the loop costs on top of the backbone
-
-Nothing outside this package and its command imports it: the committed runs depend on mvrepro.training.train alone.
+config      every setting, its meaning and its range
+tasks       what a run trains on and how its embeddings are judged
+ranks       the processes of a run: who they are, what they agree on, who speaks
+batches     which image comes when, and having it on the device in time
+logs        what is known of a run while it trains: its course, its pace, the log
+network     backbone, head and one step of both
+testing     the test of a network that is being trained
+checkpoint  the state of all ranks on disk, whole or not there
+loop        all of it together: train(config) -> record
 """

@@ -98,7 +98,8 @@ class Feed:
         self.bad: set[int] = set()
         self.memory: tuple[Tensor, Tensor] | None = None
         if isinstance(images, Pixels):
-            self.memory = tuple(torch.from_numpy(x).to(ranks.device) for x in (images.pixels, images.labels))
+            pixels, labels = (torch.from_numpy(x).to(ranks.device) for x in (images.pixels, images.labels))
+            self.memory = pixels, labels
             self.batches: Iterator[Any] = iter(order)
             return
         loader = DataLoader(

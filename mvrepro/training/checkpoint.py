@@ -158,9 +158,8 @@ def start_from(path: Path, network: Network) -> None:
     weight = torch.cat([state.get("head.weight", torch.empty(0)) for state in ranks])
     expected = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in network.backbone.state_dict().items()}
     expected["head.weight"] = (network.head.num_classes, network.head.embedding_dim)
-    found = {f"backbone.{name}": tuple(t.shape) for name, t in backbone.items()} | (
-        {"head.weight": tuple(weight.shape)} if len(weight) else {}
-    )
+    found = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in backbone.items()}
+    found |= {"head.weight": tuple(weight.shape)} if len(weight) else {}
     wrong = [
         f"{name} is {found.get(name, 'missing')}, expected {shape}"
         for name, shape in expected.items()

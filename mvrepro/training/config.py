@@ -16,7 +16,7 @@ SHARE: Range = (0, 1)
 def setting(
     text: str, default: Any = MISSING, within: Range | None = None, *, one_of: tuple[str, ...] = (), free: bool = False
 ) -> Any:
-    """text: for --help; within: the least and the largest value, None where the head knows; one_of: the values of a word.
+    """text: for --help; within: the least and the largest value, None where the head knows; one_of: the words.
     free: may change when a run goes on, and between equal runs, since it decides nothing of the weights."""
     about = {"help": text, "within": within, "one_of": one_of, "free": free}
     return field(metadata=about, **({} if default is MISSING else {"default": default}))
@@ -61,6 +61,7 @@ class TrainConfig:
     accumulate: int = setting("parts of a batch that go through the network one after the other", 1, (1, 2**20))
     momentum: float = setting("momentum of SGD", 0.9, SHARE)
     weight_decay: float = setting("weight decay of SGD", 5e-4, (0, 1e6))
+    decay_all: bool = setting("weight decay on biases and on the scales of batch norms, too", True)
     clip: float = setting("largest norm of the gradient of backbone and head together (0: any)", 0.0, (0, 1e38))
     # the loss
     s: float = setting("scale of the cosines", 32.0)
@@ -95,6 +96,11 @@ class TrainConfig:
     keep_snapshots: int = setting("how many snapshots stay", 2, (1, 1000), free=True)
     tensorboard: bool = setting('log for TensorBoard, too (pip install "mvrepro[scale]")', False, free=True)
     timeout: float = setting("minutes that ranks wait for each other before they give up", 10.0, (0.01, 1e5), free=True)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # as YAML and JSON have it
+                object.__setattr__(self, name, tuple(value))
 
     def decisive(self) -> dict[str, Any]:
         """The settings that equal runs share, as JSON has them."""
@@ -149,7 +155,7 @@ def from_settings(settings: dict[str, Any], where: str) -> TrainConfig:
     if unknown or missing:
         what = f"knows no setting called {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
         raise UserError(f"{where}: {what}")
-    return TrainConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    return TrainConfig(**settings)
 
 
 def rate(config: TrainConfig, step: int, steps: int, steps_an_epoch: int) -> float:

@@ -24,7 +24,7 @@ from mvrepro.training.config import TrainConfig, check, emphasis, rate
 from mvrepro.training.logs import Course, Logs, Pace
 from mvrepro.training.network import Network
 from mvrepro.training.ranks import Ranks, joined
-from mvrepro.training.testing import Test, Tested
+from mvrepro.training.testing import Test, Tested, learned
 
 CODE = code_hash()  # of what is imported here, so of what trains; the files may change while it does
 
@@ -87,6 +87,7 @@ def train(
             "code": CODE,
             "sizes": session.sizes(),
             "metrics": tested.metrics,
+            "learned": learned(session.task, network, course.curve),
             "curve": course.curve,
             **({"evidence": tested.evidence} if tested.evidence else {}),
         }
@@ -129,7 +130,11 @@ class Session:
     def about(self) -> dict[str, Any]:
         """What a run that goes on from a snapshot must share with it; the place of a set is not among it."""
         train, settings = self.task.train, self.config.decisive()
-        about = {"ranks": self.ranks.count, "images": len(train), "classes": self.network.head.num_classes}
+        about: dict[str, Any] = {
+            "ranks": self.ranks.count,
+            "images": len(train),
+            "classes": self.network.head.num_classes,
+        }
         about |= {"labels": hashlib.sha256(np.ascontiguousarray(train.labels).tobytes()).hexdigest()}
         del settings["data"]
         return about | settings | {"device": self.ranks.device.type}
@@ -163,11 +168,12 @@ class Session:
             network.head.t, counted = emphasis(config, step, order.an_epoch)
             course.add(lr, *network.step(feed, counted, lr, watch=step % order.an_epoch == 0))
             done = step + 1
-            last, log = done == order.steps, done % config.log_every == 0
+            last = done == order.steps
             snapshot = done % config.snapshot_every == 0 or (last and keep_last)
-            if log or snapshot or last or done % order.an_epoch == 0:
+            log = snapshot or last or done % config.log_every == 0
+            if log or done % order.an_epoch == 0:
                 course.look(done)
-            if log or last:
+            if log:
                 values = course.line() | pace.line(done - first) | {"bad_images": len(feed.bad)}
                 if logs:
                     logs.write(done, values)
@@ -197,8 +203,8 @@ class Session:
         if features:
             write_atomic(out.with_suffix(".safetensors"), to_bytes(features))
         if work and out.is_relative_to(work):
-            backbone, config = self.network.backbone, self.config
-            interchange.save_backbone(work / "backbone.safetensors", backbone, config.backbone, config.embedding_dim)
+            path, network = work / "backbone.safetensors", self.network
+            interchange.save_backbone(path, network.backbone, self.config.backbone, **network.built)
         write_json(out, record)
 
 

@@ -35,12 +35,8 @@ class Network:
         self.config, self.ranks, self.shape = config, ranks, shape
         with ranks.together():
             torch.manual_seed(config.seed)
-            backbone = networks.build(
-                config.backbone,
-                in_channels=shape[0],
-                image_size=shape[-1],
-                embedding_dim=config.embedding_dim,
-            )
+            self.built = {"in_channels": shape[0], "image_size": shape[-1], "embedding_dim": config.embedding_dim}
+            backbone = networks.build(config.backbone, **self.built)
             if config.sync_bn and ranks.count > 1:
                 if ranks.device.type == "cpu":
                     raise UserError("--sync-bn needs GPUs: torch has no such batch norm for CPUs")
@@ -54,7 +50,13 @@ class Network:
         self.head = head.to(ranks.device)
         self.head.step = self.head.step.cpu()  # the warm-up of t would wait for the device to read it
         sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        self.sgd = torch.optim.SGD(self.backbone.parameters(), **sgd)
+        decays = [p for p in self.backbone.parameters() if p.ndim > 1 or config.decay_all]
+        others = [p for p in self.backbone.parameters() if not (p.ndim > 1 or config.decay_all)]
+        groups: list[dict[str, Any]] = [
+            {"params": decays},
+            *([{"params": others, "weight_decay": 0.0}] if others else []),
+        ]
+        self.sgd = torch.optim.SGD(groups, **sgd)
         self.head_sgd: torch.optim.SGD | None = None
         if config.update_in_backward:
             self.head.update_in_backward(**sgd)
@@ -103,7 +105,8 @@ class Network:
     def step(self, feed: Feed, number: int, lr: float, *, watch: bool = False) -> tuple[Tensor, Tensor | None, Any]:
         """One step of SGD, `number` counting from 0 as the head's warm-ups do: the loss of the whole batch, the same
         on all ranks; with `clip` the norm of its gradient; and on request what the head sees of the first part before
-        the step (MarginHead.watch). The scalars stay on the device, so that nothing waits for it."""
+        the step (MarginHead.watch, and study where one rank has all classes). The scalars stay on the device, so that
+        nothing waits for it."""
         parts, seen = self.config.accumulate, None
         self.backbone.train(), self.head.train()
         self.sgd.zero_grad()
@@ -117,7 +120,7 @@ class Network:
             with self.ddp.no_sync() if self.ddp and part < parts - 1 else nullcontext():
                 embeddings = self.embed(batch.images)
                 if watch and part == 0:
-                    seen = self.head.watch(embeddings.detach(), batch.labels)
+                    seen = self.look(embeddings.detach(), batch.labels)
                 loss = self.head(embeddings, batch.labels) * batch.share
                 loss.backward()
             total += loss.detach()
@@ -127,9 +130,14 @@ class Network:
             self.head_sgd.step()
         return total, norm, seen
 
+    def look(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+        seen = self.head.watch(embeddings, labels)
+        return seen if isinstance(self.head, ShardedHead) else seen | self.head.study(embeddings, labels)
+
     def set_rate(self, lr: float) -> None:
         for sgd in filter(None, (self.sgd, self.head_sgd)):
-            sgd.param_groups[0]["lr"] = lr
+            for group in sgd.param_groups:
+                group["lr"] = lr
         if self.head.sgd:
             self.head.sgd.lr = lr
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mvrepro.errors import UserError
-from mvrepro.heads.sharded import lost_contact
+from mvrepro.heads.sharded import is_lost_contact, lost_contact
 from mvrepro.training.config import TrainConfig
 
 ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun sets them, and what a lone process is
@@ -89,7 +89,7 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and local is not None:
-            if device.index is not None:
+            if ":" in name:
                 raise RuntimeError("each rank finds its own GPU: say cuda")
             if local >= torch.cuda.device_count():
                 raise RuntimeError(
@@ -146,7 +146,7 @@ def _explained(ranks: Ranks) -> Iterator[None]:
         ) from None
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in text:
+        if is_lost_contact(error):
             reason = text.splitlines()[0].split(". ")[0]
             raise UserError(lost_contact(ranks.rank, ranks.count, reason)) from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.images import Images, Pairs, open_images, photographs, read_bin, small
+from mvrepro.images import Images, Pairs, Pixels, open_images, photographs, read_bin, small
 from mvrepro.protocols.verification import BINS
 from mvrepro.training.config import TrainConfig
 
@@ -72,6 +72,7 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
     all pairs, BLUFR, identification against distractors. `dev_…` is measured on the CelebA people with
     two images, whom neither training nor a test uses: settings are chosen by it."""
     test = photographs.lfw(image_size)
+    assert test.names is not None
     train, dev, sizes = _beside(test, photographs.cfp(image_size), image_size, remove, seed)
     pairs = photographs.lfw_pairs(photographs.folder("lfw") / "pairs.txt", test.names)
     trials = protocols.blufr_trials(test.names.tolist(), photographs.folder("lfw") / "blufr")
@@ -89,13 +90,14 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
         metrics["rank1"] = evidence["rank1"]["rates"][-1]
         return metrics | _dev(theirs, dev), evidence
 
-    return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
+    return Task(train, test.joined(dev), judge, protocols.impostor_pairs(test.people), sizes)
 
 
 def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
     """Trains on CelebA and LFW (people with 3 images at least) without CFP's people; tests on CFP-FF and CFP-FP."""
     test, other = photographs.cfp(image_size), photographs.lfw(image_size)
     train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
+    assert test.names is not None
     pairs = {kind: photographs.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
@@ -108,7 +110,7 @@ def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
         more, evidence["all_pairs"] = _every_pair(ours, test, fprs)
         return metrics | more | _dev(theirs, dev), evidence
 
-    return Task(train.images(), _join(test, dev).images(), judge, protocols.impostor_pairs(test.people), sizes)
+    return Task(train, test.joined(dev), judge, protocols.impostor_pairs(test.people), sizes)
 
 
 class Synthetic:
@@ -124,7 +126,7 @@ class Synthetic:
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         noise = [np.random.Generator(np.random.PCG64(int(i))).bytes(3 * self.size**2) for i in rows]
-        return np.frombuffer(b"".join(noise), np.uint8).reshape(len(rows), 3, self.size, self.size)
+        return np.frombuffer(bytearray(b"".join(noise)), np.uint8).reshape(len(rows), 3, self.size, self.size)
 
 
 def synthetic(synthetic_classes: int, image_size: int, verify: tuple[str, ...]) -> Task:
@@ -144,7 +146,11 @@ class _Joined:
     classes = names = None
 
     def __init__(self, sets: list[Images], size: int) -> None:
-        self.sets, self.starts, self.none = sets, np.cumsum([0, *map(len, sets)]), np.empty((0, 3, size, size), np.uint8)
+        self.sets, self.starts, self.none = (
+            sets,
+            np.cumsum([0, *map(len, sets)]),
+            np.empty((0, 3, size, size), np.uint8),
+        )
         self.labels = np.zeros(int(self.starts[-1]), np.int64)
 
     def __len__(self) -> int:
@@ -170,7 +176,8 @@ def _verified(train: Images, verify: tuple[str, ...], size: int) -> Task:
             raise UserError(f"{path}: ten folds can't be made of its {len(pairs)} pairs: {error}") from None
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
-        metrics, start = {}, 0
+        metrics: dict[str, float] = {}
+        start = 0
         for name, (images, pairs) in sets.items():
             own = embeddings[start : start + len(images)]
             scores = protocols.pair_cosines(own, pairs.left, pairs.right)
@@ -205,17 +212,15 @@ def load(config: TrainConfig) -> Task:
 
 
 def _beside(
-    test: photographs.Faces, other: photographs.Faces, image_size: int, remove: str, seed: int
-) -> tuple[photographs.Faces, photographs.Faces, dict[str, int]]:
+    test: Pixels, other: Pixels, image_size: int, remove: str, seed: int
+) -> tuple[Pixels, Pixels, dict[str, int]]:
     """(train, dev, sizes): CelebA and the people of `other` who are not tested; CelebA people with two images."""
     clean, sizes = _remove(other, test, remove, seed)
     celeba = photographs.celeba(image_size)
-    return _join(celeba.where(celeba.sizes() >= 3), clean), celeba.where(celeba.sizes() == 2), sizes
+    return celeba.where(celeba.sizes() >= 3).joined(clean), celeba.where(celeba.sizes() == 2), sizes
 
 
-def _remove(
-    other: photographs.Faces, test: photographs.Faces, remove: str, seed: int
-) -> tuple[photographs.Faces, dict[str, int]]:
+def _remove(other: Pixels, test: Pixels, remove: str, seed: int) -> tuple[Pixels, dict[str, int]]:
     """`other` without the people of the test set ("overlap"), or, to see what that matters, without as many
     others instead, whom the seed draws ("others")."""
     people = np.unique(other.people)
@@ -228,12 +233,7 @@ def _remove(
     return other.where(keep), sizes | {"people_also_tested": len(known) if remove == "others" else 0}
 
 
-def _join(a: photographs.Faces, b: photographs.Faces) -> photographs.Faces:
-    columns = (np.concatenate([getattr(a, c), getattr(b, c)]) for c in ("pixels", "names", "people"))
-    return photographs.Faces(*columns)
-
-
-def _kfold(name: str, embeddings: NDArray[np.float32], pairs: photographs.Pairs) -> Judged:
+def _kfold(name: str, embeddings: NDArray[np.float32], pairs: Pairs) -> Judged:
     scores = protocols.pair_cosines(embeddings, pairs.left, pairs.right)
     result = protocols.kfold_accuracy(scores, pairs.same, pairs.folds)
     evidence = {
@@ -249,7 +249,7 @@ def _kfold(name: str, embeddings: NDArray[np.float32], pairs: photographs.Pairs)
     return {f"{name}_accuracy": result.mean}, evidence
 
 
-def _every_pair(embeddings: NDArray[np.float32], test: photographs.Faces, fprs: tuple[float, ...]) -> Judged:
+def _every_pair(embeddings: NDArray[np.float32], test: Pixels, fprs: tuple[float, ...]) -> Judged:
     """TPR at FPRs over every pair; beside it the ROC, histograms, and accepted genuine pairs a person at
     the first FPR, people in the order of their names."""
     result = protocols.every_pair(embeddings, test.people, (*fprs, *ROC))
@@ -269,7 +269,7 @@ def _every_pair(embeddings: NDArray[np.float32], test: photographs.Faces, fprs: 
     return metrics, evidence
 
 
-def _distractors(embeddings: NDArray[np.float32], test: photographs.Faces, more: NDArray[np.float32]) -> dict[str, Any]:
+def _distractors(embeddings: NDArray[np.float32], test: Pixels, more: NDArray[np.float32]) -> dict[str, Any]:
     """Rank-1 of the second image of each person against the first, among growing numbers of real distractors:
     the people with one image, and more."""
     sizes = test.sizes()
@@ -286,7 +286,7 @@ def _distractors(embeddings: NDArray[np.float32], test: photographs.Faces, more:
     return {"probes": len(probes), "distractors": list(steps), "rates": _round(found.rates[:, 0])}
 
 
-def _dev(embeddings: NDArray[np.float32], dev: photographs.Faces) -> dict[str, float]:
+def _dev(embeddings: NDArray[np.float32], dev: Pixels) -> dict[str, float]:
     points = protocols.all_pairs(embeddings, dev.people, (0.001,))
     return {f"dev_{name}": value for name, value in _tprs(points).items()}
 

@@ -59,7 +59,36 @@ class Test:
         with ranks.together():
             if ranks.rank == 0:
                 found = judge(task, embeddings, weight)
-        return Tested(*ranks.gather(found[:2])[0], found.features)
+        metrics, evidence = ranks.gather((found.metrics, found.evidence))[0]
+        return Tested(metrics, evidence, found.features)
+
+
+SAMPLE = 2048  # training images that `learned` looks at, or as many as have 2^25 cosines
+CALLED = {"target_cosine": "own_cosine", "negative_cosine": "other_cosine"}
+
+
+def learned(task: Task, network: Network, curve: dict[str, list[float]]) -> dict[str, float]:
+    """Whether the network has learned, which a comparison of losses presupposes: on training images in evaluation
+    mode top1, marked_share, median_p_y, own_cosine and other_cosine (MarginHead.watch and study); loss_slope, nats an
+    epoch over the last tenth of the epochs, two at least; and the mean gradient_distance over the run. Every rank calls
+    it."""
+    ranks = network.ranks
+    count = max(32, min(SAMPLE, 2**25 // network.head.num_classes))
+    rows = np.random.default_rng(0).permutation(len(task.train))[:count][ranks.rank :: ranks.count]
+    with ranks.together():
+        images = torch.from_numpy(task.train.read(np.sort(rows))).to(ranks.device)
+        with network.half():
+            pixels = normalised(images, network.config.channels_last)
+            embeddings = networks.embed(network.backbone, pixels, mirror=False).to(ranks.device)
+    network.head.eval()
+    found = network.look(embeddings, torch.from_numpy(np.asarray(task.train.labels)[np.sort(rows)]))
+    found = {CALLED.get(name, name): value for name, value in found.items()}
+    losses = curve["loss"][-max(2, len(curve["loss"]) // 10) :]
+    if len(losses) > 1:
+        found["loss_slope"] = round(float(np.polyfit(np.arange(len(losses)), losses, 1)[0]), 6)
+    if curve.get("gradient_distance"):
+        found["gradient_distance"] = round(float(np.mean(curve["gradient_distance"])), 6)
+    return found
 
 
 def judge(task: Task, embeddings: NDArray[np.float32], weight: Tensor | None) -> Tested:

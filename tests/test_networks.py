@@ -1,15 +1,18 @@
-"""The large networks: their published sizes, what they compute, and export."""
+"""The networks: their published sizes, what they compute, what they refuse, and their files."""
 
+import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from mvrepro import export
-from mvrepro import networks_large as large
+from mvrepro import interchange, networks
 from mvrepro.errors import UserError
 from mvrepro.networks import parameter_count
 
@@ -27,25 +30,25 @@ def thop(name: str) -> tuple[float, float]:
             operations += output.numel() * module.in_features
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             operations += 2 * output.numel()
-        elif isinstance(module, large.Mask):
+        elif isinstance(module, networks.Mask):
             operations += 11 * output.numel()
 
     with torch.device("meta"):
-        model = large.build(name).eval()
+        model = networks.build(name, image_size=112, embedding_dim=512).eval()
         for module in model.modules():
             module.register_forward_hook(count)
         assert model(torch.empty(1, 3, 112, 112)).shape == (1, 512)
     slopes = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.PReLU))
-    unused = [m for m in model.modules() if isinstance(m, large.Bottleneck) and m.shortcut is None]
+    unused = [m for m in model.modules() if isinstance(m, networks.Bottleneck) and m.shortcut is None]
     shortcuts = sum(m.start[0].num_features ** 2 for m in unused)
     return parameter_count(model) - slopes + shortcuts, operations
 
 
-@pytest.mark.parametrize("name", large.PUBLISHED)
+@pytest.mark.parametrize("name", networks.PUBLISHED)
 def test_sizes_are_the_published_ones(name: str) -> None:
-    published = large.PUBLISHED[name]
-    parameters, operations = large.size(name)
-    if published.source == large.FACEX:
+    published = networks.PUBLISHED[name]
+    parameters, operations = networks.size(name)
+    if published.source == networks.FACEX:
         theirs, counted = thop(name)
         assert round(theirs / 1e6, 2) == published.parameters
         if "attention" in name:  # 0.05 of 6.34 and 10.62 are not accounted for: see PUBLISHED
@@ -56,7 +59,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
             digits = 5 if name == "mobilefacenet" else 2
             assert round(counted / 1e9, digits) == published.multiply_adds
         assert parameters / 1e6 == pytest.approx(published.parameters, rel=0.01 if "attention" not in name else 0.25)
-    elif published.source == large.CAVAFACE:
+    elif published.source == networks.CAVAFACE:
         assert round(2 * operations / 1e9, 2) == 17.63
     else:
         assert round(operations / 1e9, 1) == published.multiply_adds
@@ -65,14 +68,14 @@ def test_sizes_are_the_published_ones(name: str) -> None:
 
 def test_the_other_sizes_stay() -> None:
     """Counted here once; no publication gives them."""
-    assert large.size("attention-irse-56") == (38_177_856, 5_528_373_760)
-    assert [large.size(f"iresnet-{depth}")[0] for depth in (18, 50, 100)] == [24_025_600, 43_590_848, 65_156_160]
+    assert networks.size("attention-irse-56") == (38_177_856, 5_528_373_760)
+    assert [networks.size(f"iresnet-{depth}")[0] for depth in (18, 50, 100)] == [24_025_600, 43_590_848, 65_156_160]
 
 
 def test_an_attention_module_computes_what_its_paper_says() -> None:
     """Written out for three levels, as figure 2 of arXiv 1704.06904 and FaceX-Zoo's stage 1 have it."""
     torch.manual_seed(0)
-    module = large.Attention(16, 3, large.irse).eval().double()
+    module = networks.Attention(16, 3, networks.irse).eval().double()
     x = torch.randn(2, 16, 20, 20, dtype=torch.float64)
     one, two, three = module.mask, module.mask.inner, module.mask.inner.inner
     down = nn.MaxPool2d(3, 2, 1)
@@ -96,7 +99,7 @@ def test_an_attention_module_computes_what_its_paper_says() -> None:
 
 
 @pytest.mark.parametrize(("in_width", "width", "stride"), [(32, 32, 1), (32, 32, 2), (16, 32, 1), (16, 32, 2)])
-@pytest.mark.parametrize("unit", [large.ir, large.irse, large.Bottleneck])
+@pytest.mark.parametrize("unit", [networks.ir, networks.irse, networks.Bottleneck])
 def test_units_halve_and_widen_and_learn_with_all_they_have(unit, in_width: int, width: int, stride: int) -> None:
     torch.manual_seed(0)
     model = unit(in_width, width, stride)
@@ -109,7 +112,7 @@ def test_units_halve_and_widen_and_learn_with_all_they_have(unit, in_width: int,
 @pytest.mark.parametrize("name", ["mobilefacenet", "attention-irse-56"])
 def test_networks_give_embeddings_and_every_weight_learns(name: str) -> None:
     torch.manual_seed(0)
-    model = large.build(name, embedding_dim=8)
+    model = networks.build(name, image_size=112, embedding_dim=8)
     out = model(torch.randn(2, 3, 112, 112))
     assert out.shape == (2, 8)
     (out * torch.randn(2, 8)).sum().backward()
@@ -118,8 +121,47 @@ def test_networks_give_embeddings_and_every_weight_learns(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="unknown backbone 'vgg'; known are: iresnet-18, iresnet-50"):
-        large.build("vgg")
+    with pytest.raises(UserError, match=r"unknown backbone 'vgg'; known are: toy, .*, iresnet-18, iresnet-50"):
+        networks.build("vgg", image_size=112, embedding_dim=8)
+
+
+@pytest.mark.parametrize("side", [16, 23, 32, 112])
+@pytest.mark.parametrize("name", ["toy", "iresnet-tiny", "iresnet-small"])
+def test_networks_take_images_of_any_size(name: str, side: int) -> None:
+    network = networks.build(name, in_channels=3, image_size=side, embedding_dim=6)
+    found = network(torch.randn(2, 3, side, side))
+    assert found.shape == (2, 6)
+    found.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert networks.parameter_count(network) == sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_other_sizes_are_built_or_refused_in_one_line(name: str) -> None:
+    sizes = {"in_channels": 1, "image_size": 64, "embedding_dim": 8}
+    if name in networks.ANY_SIZE:
+        with torch.device("meta"):
+            assert networks.build(name, **sizes).eval()(torch.empty(2, 1, 64, 64)).shape == (2, 8)
+        return
+    for wrong in (sizes, sizes | {"in_channels": 3}, sizes | {"image_size": 112}):
+        with pytest.raises(UserError, match=rf"^{name} takes images of 112×112 pixels in 3 channels, got [^\n]*$"):
+            networks.build(name, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("toy", 2044.587861, 92.583874),
+        ("iresnet-tiny", 11.90341, 157.421365),
+        ("iresnet-small", 35.436713, 109.672863),
+    ],
+)
+def test_the_weights_that_a_seed_draws_stay(name: str, first: float, last: float) -> None:
+    """Committed runs begin with them. Sums of the absolute weights of the first layer and of the last."""
+    torch.manual_seed(0)
+    model = networks.build(name, in_channels=1, image_size=32, embedding_dim=16)
+    sums = [float(p.detach().double().abs().sum()) for p in model.parameters() if p.ndim > 1]
+    assert [sums[0], sums[-1]] == pytest.approx([first, last], rel=1e-6)
 
 
 def test_interpolation_is_that_of_the_definition() -> None:
@@ -135,25 +177,59 @@ def test_interpolation_is_that_of_the_definition() -> None:
 def trained() -> nn.Module:
     """A network whose batch norms have seen something."""
     torch.manual_seed(1)
-    model = large.build("mobilefacenet", embedding_dim=16)
+    model = networks.build("mobilefacenet", image_size=112, embedding_dim=16)
     model(torch.randn(4, 3, 112, 112))
     return model.eval()
 
 
 def test_safetensors_come_back_as_they_were(tmp_path: Path, trained: nn.Module) -> None:
     path = tmp_path / "a" / "net.safetensors"
-    export.save_backbone(path, trained, "mobilefacenet", 16)
-    again = export.load_backbone(path)
+    interchange.save_backbone(path, trained, "mobilefacenet", embedding_dim=16)
+    again = interchange.load_backbone(path)
     x = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
         assert torch.equal(again(x), trained(x))
     assert not again.training
     (path.parent / "junk").write_bytes(b"junk")
     with pytest.raises(UserError, match="junk is not a readable backbone"):
-        export.load_backbone(path.parent / "junk")
-    export.save_backbone(path, trained, "mobilefacenet", 17)
+        interchange.load_backbone(path.parent / "junk")
+    interchange.save_backbone(path, trained, "mobilefacenet", embedding_dim=17)
     with pytest.raises(UserError, match=r"does not fit mobilefacenet: size mismatch"):
-        export.load_backbone(path)
+        interchange.load_backbone(path)
+    sizes = {"in_channels": 1, "image_size": 24, "embedding_dim": 3}
+    small = networks.build("iresnet-tiny", **sizes).eval()
+    interchange.save_backbone(path, small, "iresnet-tiny", **sizes)
+    x = torch.randn(2, 1, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(interchange.load_backbone(path)(x), small(x))
+
+
+def test_files_that_name_no_size_are_of_aligned_faces(tmp_path: Path, trained: nn.Module) -> None:
+    """As the first versions wrote them."""
+    about = json.dumps({"backbone": "mobilefacenet", "embedding_dim": 16})
+    save_file(trained.state_dict(), tmp_path / "old", metadata={"mvrepro": about})
+    x = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(interchange.load_backbone(tmp_path / "old")(x), trained(x))
+    save_file(trained.state_dict(), tmp_path / "other")
+    with pytest.raises(UserError, match="other does not say which backbone it holds"):
+        interchange.load_backbone(tmp_path / "other")
+
+
+def test_onnx_traces_on_the_models_own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    seen = []
+
+    def export(model: nn.Module, inputs: tuple[torch.Tensor, ...], path: Path, **_: object) -> None:
+        seen.append(inputs[0].device.type)
+        path.write_bytes(b"whole")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with torch.device("meta"):
+        model = networks.build("iresnet-tiny", image_size=16, embedding_dim=8)
+    interchange.save_onnx(tmp_path / "net.onnx", model, side=16)
+    assert seen == ["meta"] and (tmp_path / "net.onnx").read_bytes() == b"whole"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -165,10 +241,10 @@ def test_onnx_computes_the_same(tmp_path: Path, name: str) -> None:
     import onnxruntime
 
     torch.manual_seed(1)
-    model = large.build(name, embedding_dim=16)
+    model = networks.build(name, image_size=112, embedding_dim=16)
     model(torch.randn(4, 3, 112, 112))
     model.train()
-    export.save_onnx(tmp_path / "net.onnx", model)
+    interchange.save_onnx(tmp_path / "net.onnx", model)
     assert model.training and [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     model.eval()
@@ -183,7 +259,7 @@ def test_onnx_computes_the_same(tmp_path: Path, name: str) -> None:
 def test_without_the_extra_the_cure_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: nn.Module
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match=r"pip install \"mvrepro\[onnx\]\""):
-        export.save_onnx(tmp_path / "net.onnx", trained)
+        interchange.save_onnx(tmp_path / "net.onnx", trained)
     assert list(tmp_path.iterdir()) == []

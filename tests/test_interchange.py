@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvrepro import bridge, images, protocols
+from mvrepro import images, interchange, protocols
 from mvrepro.__main__ import main
 from mvrepro.commands.judge import PROTOCOLS
 from mvrepro.errors import UserError
@@ -49,13 +50,13 @@ def test_a_head_of_arcface_torch_is_read_from_its_shards(tmp_path: Path, theirs:
         torch.save(part, tmp_path / f"rank_{rank}_softmax_weight.pt")
     for pattern in ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt"):
         head = make_head()
-        bridge.load_head(head, "arcface_torch", list(tmp_path.glob(pattern)))
+        interchange.load_head(head, "arcface_torch", list(tmp_path.glob(pattern)))
         assert torch.equal(head.weight, theirs)
-    paths = bridge.save_head(head, "arcface_torch", tmp_path / "ours", ranks)
+    paths = interchange.save_head(head, "arcface_torch", tmp_path / "ours", ranks)
     for path, part in zip(paths, partial_fc(theirs, ranks), strict=True):
         assert torch.equal(torch.load(path, weights_only=True)["state_dict_softmax_fc"]["weight"], part)
     again = make_head()
-    bridge.load_head(again, "arcface_torch", paths[::-1])
+    interchange.load_head(again, "arcface_torch", paths[::-1])
     assert torch.equal(again.weight, theirs)
 
 
@@ -76,9 +77,9 @@ def test_a_head_of_facex_zoo_is_read_and_gives_its_logits(tmp_path: Path, theirs
     assert not torch.equal(am, mv)
     for name, expected in (("AM-Softmax", am), ("MV-AM-Softmax-a", mv)):
         head = make_head(name, s=32.0, m=0.35, t=mv_weight - 1)
-        bridge.load_head(head, "facex-zoo", tmp_path / "Epoch_1.pt")
+        interchange.load_head(head, "facex-zoo", tmp_path / "Epoch_1.pt")
         torch.testing.assert_close(head.logits(x, labels), 32 * expected, rtol=1e-5, atol=1e-4)
-    (path,) = bridge.save_head(head, "facex-zoo", tmp_path / "ours" / "Epoch_0.pt")
+    (path,) = interchange.save_head(head, "facex-zoo", tmp_path / "ours" / "Epoch_0.pt")
     assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["head.weight"], theirs.T)
 
 
@@ -97,7 +98,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
 
     def fails(message: str, layout: str, *paths: Path) -> None:
         with pytest.raises(UserError, match=message):
-            bridge.load_head(head, layout, list(paths))
+            interchange.load_head(head, layout, list(paths))
         assert torch.equal(head.weight, before)
 
     torch.save({"state_dict_softmax_fc": {"weight": theirs[:6]}}, a)
@@ -105,7 +106,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
     torch.save({"state_dict_softmax_fc": {"weight": theirs[5:]}}, b)
     fails(r"checkpoint_gpu_1\.pt: its weight is \(6, 4\), expected \(5, 4\)", "arcface_torch", a, b)
     fails(r"the files of 2 ranks must be those of 0 … 1, got \[1, 1\]", "arcface_torch", b, b)
-    fails("no files of arcface_torch were given", "arcface_torch")
+    fails("arcface_torch keeps a head in 1 … 11 files, got 0", "arcface_torch")
     fails("facex-zoo keeps a head in one file, got 2", "facex-zoo", a, b)
     torch.save({"state_dict": {"head.weight": theirs}}, a)
     fails(r"its weight is \(11, 4\), expected \(4, 11\) as facex-zoo lays it", "facex-zoo", a)
@@ -121,8 +122,8 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
         fails(r"checkpoint_gpu_0\.pt(: refused| is not a whole checkpoint)", "arcface_torch", a)
     fails("can't be read: No such file", "arcface_torch", tmp_path / "none.pt")
     fails("unknown layout 'caffe'; known are: arcface_torch, facex-zoo", "caffe", a)
-    with pytest.raises(UserError, match="ranks must be in 1 … 11, got 12"):
-        bridge.save_head(head, "arcface_torch", tmp_path / "out", 12)
+    with pytest.raises(UserError, match="arcface_torch keeps a head in 1 … 11 files, got 12"):
+        interchange.save_head(head, "arcface_torch", tmp_path / "out", 12)
 
 
 def arcface_torch(depths: tuple[int, ...], widths: tuple[int, ...], side: int, dim: int) -> dict[str, Tensor]:
@@ -189,7 +190,7 @@ def test_a_backbone_of_arcface_torch_computes_the_same(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     for name in ("model.pt", "checkpoint_gpu_0.pt"):
         model = IResNet(depths, widths, in_channels=3, image_size=32, embedding_dim=6)
-        bridge.load_iresnet(model, tmp_path / name)
+        interchange.load_iresnet(model, tmp_path / name)
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(x), forward(state, depths, x), rtol=1e-4, atol=1e-4)
     before = [p.clone() for p in model.parameters()]
@@ -202,14 +203,14 @@ def test_a_backbone_of_arcface_torch_computes_the_same(tmp_path: Path) -> None:
     ):
         torch.save(other, tmp_path / "other.pt")
         with pytest.raises(UserError, match=message):
-            bridge.load_iresnet(model, tmp_path / "other.pt")
+            interchange.load_iresnet(model, tmp_path / "other.pt")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_embeddings_are_mapped_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "e.npy"
     np.save(path, np.ones((3, 4), np.float16))
-    assert isinstance(bridge.load_embeddings(path), np.memmap)
+    assert isinstance(interchange.load_embeddings(path), np.memmap)
     for value, message in (
         (np.ones(3), r"expected floats \(N, D\), got float64 \(3,\)"),
         (np.ones((3, 4), int), "got int64"),
@@ -218,13 +219,13 @@ def test_embeddings_are_mapped_and_checked(tmp_path: Path) -> None:
     ):
         np.save(path, value)
         with pytest.raises(UserError, match=message):
-            bridge.load_embeddings(path)
+            interchange.load_embeddings(path)
     np.savez(tmp_path / "e.npz", a=np.ones((3, 4)))
     with pytest.raises(UserError, match="several arrays"):
-        bridge.load_embeddings(tmp_path / "e.npz")
+        interchange.load_embeddings(tmp_path / "e.npz")
     path.write_bytes(b"junk")
     with pytest.raises(UserError, match=r"not a readable \.npy"):
-        bridge.load_embeddings(path)
+        interchange.load_embeddings(path)
 
 
 # judge
@@ -280,10 +281,10 @@ def test_an_insightface_set_is_judged_in_its_order(lfw: Path, capsys: pytest.Cap
     same = np.array([True] * 12 + [False] * 12)
     order = np.random.default_rng(1).permutation(24)
     np.save(lfw / "bin.npy", x[rows[order].ravel()])
-    images.write_bin(lfw / "x.bin", images.Pairs([b"jpeg"] * 48, same[order]))
+    images.write_bin(lfw / "x.bin", [b"jpeg"] * 48, same[order])
     printed = judged(capsys, "bin", "--embeddings", lfw / "bin.npy", "--bin", lfw / "x.bin")
     scores = protocols.pair_cosines(x, *rows[order].T)
-    expected = protocols.kfold_accuracy(scores, same[order], images.Pairs([], same[order]).folds)
+    expected = protocols.kfold_accuracy(scores, same[order], images.Pairs.in_order(same[order]).folds)
     assert printed[0] == f"accuracy: {100 * expected.mean:.2f} %"
     assert "has 24 rows" in fails(capsys, "bin", "--embeddings", lfw / "e.npy", "--bin", lfw / "x.bin")
 
@@ -335,6 +336,46 @@ def test_what_is_missing_is_named(lfw: Path, capsys: pytest.CaptureFixture[str])
     assert "all-pairs: embeddings must be finite and of length > 0; row 3 is not" in fails(
         capsys, "all-pairs", "--embeddings", e, "--ids", lfw / "ids.txt"
     )
+
+
+def test_lists_of_other_editors_give_the_same_figures(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, names = lfw / "e.npy", (lfw / "names.txt").read_text().split()
+    ids = ["Bo" if i < 12 else "Zo\u00eb" for i in range(24)]
+    pairs, want = ("--pairs", lfw / "pairs.txt"), []
+    for number, end in enumerate(("\n", "\r\n", " \t\n", "\r")):
+        form, mark = ("NFD", "\ufeff") if number else ("NFC", "")
+        text = end.join(unicodedata.normalize(form, line) for line in ids) + end * (1 + number)
+        (lfw / "i.txt").write_bytes((mark + text).encode())
+        (lfw / "n.txt").write_bytes((mark + end.join(name + ".jpg" * (number % 2) for name in names)).encode())
+        want.append([judged(capsys, "all-pairs", "--embeddings", x, "--ids", lfw / "i.txt", "--fprs", "0.1"),
+                     judged(capsys, "lfw", "--embeddings", x, "--names", lfw / "n.txt", *pairs)])  # fmt: skip
+    (lfw / "pairs.txt").write_bytes(b"\xef\xbb\xbf" + (lfw / "pairs.txt").read_bytes().replace(b"\n", b"\r\n"))
+    want.append([want[0][0], judged(capsys, "lfw", "--embeddings", x, "--names", lfw / "n.txt", *pairs)])
+    assert want == [want[0]] * 5
+
+
+@pytest.mark.parametrize("protocol", ["lfw", "blufr", "cfp-ff", "cfp-fp"])
+def test_an_image_with_two_rows_is_named_with_both_lines(
+    lfw: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    lines = (lfw / "names.txt").read_text().splitlines()
+    lines[9] = f"{lines[2]}.jpg"
+    (lfw / "names.txt").write_text("\n".join(lines))
+    where = {"lfw": ("--pairs", lfw / "pairs.txt"), "blufr": ("--lists", lfw)}.get(protocol, ())
+    error = fails(capsys, protocol, "--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", *where)
+    assert f"names.txt, lines 3 and 10: {lines[2]} stands there twice" in error
+
+
+def test_an_option_of_another_protocol_is_refused(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--embeddings", lfw / "e.npy", "--ids", lfw / "ids.txt")
+    error = fails(capsys, "all-pairs", *given, "--pairs", lfw / "pairs.txt", "--sizes", "3")
+    assert "the protocol all-pairs knows nothing of --pairs, --sizes" in error
+    assert "knows nothing of --fprs" in fails(capsys, "megaface", *given, "--distractors", lfw / "e.npy", "--fprs", "1")
+
+
+def test_text_for_embeddings_is_said_to_be_none(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = fails(capsys, "all-pairs", "--embeddings", lfw / "ids.txt", "--ids", lfw / "ids.txt")
+    assert "ids.txt is not a readable .npy file: it holds no plain array of numbers" in error
 
 
 def test_help_names_every_protocol(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 import shutil
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -348,11 +349,15 @@ def test_compiled_chunks(monkeypatch):
     """What CUDA does: the elementwise work of a chunk goes through inductor. t changes as in a warm-up."""
     data = draw(ODD, seed=2)
     for name, s in itertools.product(["MV-AM-Softmax-a", "MV-AM-Softmax-f"], [32.0, 48.0, 128.0]):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         for t in (0.0, 0.1, 0.2, 0.3):
             expected = sweep(name, data, s=s, t=t)
             with monkeypatch.context() as patch:
                 patch.setattr(module, "COMPILED", {"cpu"})
                 assert_close(sweep(name, data, s=s, t=t), expected, 1e-12, (name, s, t))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == 4, "two bodies, each for whole chunks and for the last one, whatever t is"
 
 
 # ---------------------------------------------------------------- what autograd asks
@@ -566,10 +571,13 @@ def test_auto_says_what_it_picked(monkeypatch):
     assert repr(head).endswith("backend=auto (last: dense))")
     monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 2**10})
     monkeypatch.setattr(module, "free_memory", lambda device: 2**30)
+    head = MarginHead("AM-Softmax", 4, 1000)
     head(x, y)
     assert repr(head).endswith("backend=auto (last: fused, keep=float32))")
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     head(x, y)
+    assert head.picked == "fused, keep=float32", "what is free is asked once for a shape"
+    head(x[:7], y[:7])
     assert head.picked == "fused, keep=none"
     head.keep = "float16"
     head(x, y)
@@ -601,6 +609,21 @@ def test_auto_is_dense_for_the_shapes_of_the_profiles():
     """Their committed results are the dense head's, bit for bit."""
     for batch, classes in [(40, 20), (64, 10), (64, 1723), (128, 2000)]:
         assert pick(batch, torch.empty(classes, 1))[0] == "dense"
+
+
+@pytest.mark.parametrize("name", ["Softmax", "HM-AM-Softmax", "F-Arc-Softmax", "A-Softmax", "MV-AM-Softmax-f"])
+@pytest.mark.parametrize("how", [{"backend": "dense"}, *({"backend": "fused", "keep": keep} for keep in KEEP)], ids=str)
+def test_no_step_reads_from_the_device(name, how, monkeypatch):
+    """A tensor on the device "meta" has no values: whatever asks for one raises, as it would wait on a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    head = MarginHead(name, 8, 5000, t_warmup=10, annealing=True, check=False, **how).to("meta")
+    head.step.fill_(5)  # the count of steps stays where it can be read
+    if how["backend"] == "fused":
+        head.update_in_backward(lr=0.1, momentum=0.9)
+    x, y = torch.empty(6, 8, device="meta", requires_grad=True), torch.randint(0, 5000, (6,))
+    loss = head(x, y)
+    loss.backward()
+    assert loss.device.type == x.grad.device.type == "meta" and head.step.device.type == "cpu" and head.step == 6
 
 
 def test_free_memory():

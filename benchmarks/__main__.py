@@ -1,0 +1,13 @@
+"""The door: python -m benchmarks NAME ... Each is a module of this folder with add_arguments and run."""
+
+import sys
+
+from mvrepro.__main__ import main
+
+BENCHMARKS = {
+    "head": "what the head costs, in bare matrix products and in memory",
+    "loop": "what the training loop costs on top of the backbone's bare passes",
+}
+
+if __name__ == "__main__":
+    sys.exit(main(program="benchmarks", package="benchmarks", commands=BENCHMARKS))

@@ -76,7 +76,9 @@ def parts_behind(files: set[str]) -> set[str]:
 def code_behind(stage: Step) -> set[str]:
     """The parts of the code that a stage runs."""
     words = stage.command.split()
-    files = {"mvrepro/training/loop.py"} if words[3] == "runs" else {f"mvrepro/commands/{words[3]}.py"}
+    files = {"mvrepro/training/loop.py" if words[3] == "runs" else f"mvrepro/commands/{words[3]}.py"}
+    if words[2] == "benchmarks":
+        files = {f"benchmarks/{words[3]}.py"}
     if words[3] == "notebook":
         (source,) = (ROOT / "notebooks").glob(f"{words[4]}-*.ipynb")
         cells = json.loads(source.read_text(encoding="utf-8"))["cells"]

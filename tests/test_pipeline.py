@@ -14,7 +14,7 @@ from mvrepro import pipeline, provenance
 from mvrepro.commands.reproduce import pages, sampled, take
 from mvrepro.commands.runs import part
 from mvrepro.errors import UserError
-from mvrepro.evidence.compare import compare
+from mvrepro.evidence.compare import compare, same
 from mvrepro.losses import LOSSES
 from mvrepro.pipeline import Memory, Step
 from mvrepro.provenance import TRAINING, code_hash, code_parts
@@ -399,6 +399,22 @@ def test_metrics_may_move_with_the_last_bits_and_the_first_loss_hardly(
     found = compare([path], {"made-up": {"rank1": 0.03, "first_loss": 1e-3}})
     assert (len(found.within), len(found.different)) == (within, different)
     assert found.identical == 2 - within - different
+
+
+def test_the_runs_of_another_loss_are_noticed():
+    """Within what other last bits may move, of 816 pairs of losses on the same people and seed."""
+    tolerance = pipeline.read_yaml(ROOT / "params.yaml")["quick"]["tolerance"]
+    runs = [step for step in pipeline.runs("quick") if step.config.t == 0.2]
+    records = {step.name: json.loads(step.writes[0].read_text(encoding="utf-8")) for step in runs}
+    pairs = [(a, b) for a in runs for b in runs if a.config.seed == b.config.seed and a is not b]
+    unnoticed = 0
+    for a, b in pairs:
+        old, new = records[a.name], records[b.name]
+        alike = [same(old["metrics"][name], new["metrics"][name], tolerance[name]) for name in old["metrics"]]
+        first = old["curve"]["loss"][0], new["curve"]["loss"][0]
+        unnoticed += all(alike) and same(*first, tolerance["first_loss"] * first[0])
+    assert len(pairs) == 816
+    assert unnoticed < 0.04 * len(pairs)
 
 
 def test_a_changed_number_or_text_of_a_report_is_different(tmp_path, monkeypatch):

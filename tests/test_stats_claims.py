@@ -10,12 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
+from mvrepro import pipeline
 from mvrepro.errors import UserError
-from mvrepro.evidence import claims, claims_table, published, runs
+from mvrepro.evidence import claims, published, runs
 from mvrepro.evidence.stats import bootstrap_people, detectable_difference, holm, mean_interval, paired_difference
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots, report
-from mvrepro.pipeline import Pipeline
 
 METRIC = "tpr@fpr=0.01"
 
@@ -143,9 +143,10 @@ def test_bootstrap_gives_genuine_and_impostor_pairs_half_each_and_draws_seeds():
 
 
 @pytest.fixture
-def add(tmp_path):
+def add(tmp_path, monkeypatch):
     """add(loss, [metric of seed 0, of seed 1, …], t): records of runs in tmp_path."""
     number = count()
+    monkeypatch.setattr(runs, "default_t", lambda profile: 0.2)
     (tmp_path / "runs" / "made-up").mkdir(parents=True)
 
     def write(loss, values, t=0.2, metric=METRIC, **settings):
@@ -204,6 +205,28 @@ def test_by_seed_takes_the_default_t_or_the_one_asked_for(add, tmp_path):
     assert runs.by_seed(frame, METRIC, "Softmax").empty
 
 
+def test_the_default_run_is_that_of_the_profile_s_own_t(add, judge, tmp_path, monkeypatch):
+    """A profile with another t has its claims judged, too."""
+    monkeypatch.setattr(runs, "default_t", lambda profile: 0.35)
+    add("MV-AM-Softmax-f", [0.7, 0.8, 0.9], t=0.35)
+    add("MV-AM-Softmax-f", [0.1, 0.2, 0.3])
+    add("AM-Softmax", [0.5, 0.65, 0.7], t=0.1)
+    frame = runs.table("made-up", tmp_path)
+    assert frame[frame["default"]].groupby("loss")["t"].unique().explode().to_dict() == {
+        "AM-Softmax": 0.0,
+        "MV-AM-Softmax-f": 0.35,
+    }
+    assert runs.by_seed(frame, METRIC, "MV-AM-Softmax-f").to_dict() == {0: 0.7, 1: 0.8, 2: 0.9}
+    verdict = judge(greater(better="MV-AM-Softmax-f", worse="AM-Softmax"))["g"]
+    assert (verdict.verdict, verdict.numbers["seeds"]) == (claims.REPRODUCED, 3)
+
+
+def test_the_default_t_stands_in_the_settings_of_a_profile():
+    assert {runs.default_t(profile) for profile in pipeline.known()} == {0.2}
+    with pytest.raises(UserError, match=r"params.yaml, made-up.train: needs t"):
+        runs.default_t("made-up")
+
+
 def test_the_table_has_plain_runs_unless_it_is_asked_for_others(add, tmp_path):
     add("AM-Softmax", [0.5, 0.6])
     add("AM-Softmax", [0.7], variant="easy margin")
@@ -251,6 +274,7 @@ def test_curves_have_a_row_an_epoch(add, tmp_path):
         "variant": [""] * 4,
         "loss": ["AM-Softmax"] * 2 + ["MV-AM-Softmax-f"] * 2,
         "t": [0.0, 0.0, 0.3, 0.3],
+        "default": [True, True, False, False],
         "seed": [0] * 4,
         "epoch": [1, 2] * 2,
         "training_loss": [3.0, 2.0] * 2,
@@ -333,10 +357,9 @@ def test_a_claim_is_judged_on_its_profiles_alone(add, judge):
 
 @pytest.mark.parametrize("profile", ["quick", "faces"])
 def test_the_command_of_every_claim_is_one_that_works(profile):
-    stages = Pipeline().stages
     for verdict in claims.evaluate(profile):
         named, notebook = re.fullmatch(r"make reproduce PROFILE=(\w+) NB=(\d\d)", verdict.command).groups()
-        assert f"{named}-{notebook}" in stages, verdict
+        assert pipeline.select(named, notebook), verdict
 
 
 def test_every_profile_with_claims_has_a_metric():
@@ -349,11 +372,11 @@ def test_every_profile_with_claims_has_a_metric():
 
 def test_the_table_of_claims_has_the_profiles_with_a_metric_and_runs(tmp_path, monkeypatch):
     """One of your own, too, in the order of claims.toml; without a metric (the toy) nothing is judged."""
-    monkeypatch.setattr(claims_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "metrics", lambda: {"quick": {}, "mine": {}, "faces": {}})
     for name in ("mine", "toy", "quick"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert claims_table.profiles() == ["quick", "mine"]
+    assert claims.profiles() == ["quick", "mine"]
 
 
 def test_greater_takes_the_default_t(add, judge):

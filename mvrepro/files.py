@@ -1,6 +1,7 @@
 """Where things lie in the project, and writing that is whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -53,6 +54,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """The whole content of a file, by atomic_file."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(path: Path) -> None:
+    """Say at once, not after hours, that a file or folder can't be made there. Raises UserError."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if there == path.absolute() and there.is_file():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+        raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
-from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, display, read_json, write_atomic, write_json
+from mvrepro.errors import UserError
+from mvrepro.files import LOCAL, check_writable, display, read_json, write_atomic, write_json
 from mvrepro.provenance import code_hash, config_hash, provenance
 from mvrepro.training import tasks
 from mvrepro.training.batches import Feed, Order
@@ -63,6 +63,8 @@ def train(
     check(config)
     if save and save.exists() and not (save / "manifest.json").is_file():
         raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
+    for place in filter(None, (out, work, save)):
+        check_writable(place)
     with joined(config) as ranks:
         session = prepare(config, ranks)
         network, order = session.network, session.order
@@ -213,10 +215,6 @@ def _first(snapshots: Snapshots, network: Network, resume: str) -> tuple[int, di
     ranks, here = snapshots.ranks, display(snapshots.folder)
     with ranks.together():
         if ranks.rank == 0:
-            try:
-                snapshots.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise explain_os_error(error, f"write {here}") from None
             snapshots.clear()
             if snapshots.steps() and not resume:
                 raise UserError(
@@ -229,7 +227,7 @@ def _first(snapshots: Snapshots, network: Network, resume: str) -> tuple[int, di
         if resume != "same":
             raise
         found = None
-        shutil.rmtree(snapshots.folder)
+        shutil.rmtree(snapshots.folder, ignore_errors=True)
     if found is None:
         if resume in ("strict", "despite changes"):
             ranks.say(f"{here} holds no snapshot yet: beginning at step 0")

@@ -119,22 +119,14 @@ def lacking(steps: Sequence[Step]) -> dict[str, str]:
     """Name -> reason, for the runs among these that are not current."""
     code, reasons = code_hash(), {}
     for step in (s for s in steps if s.config):
-        record = read_json(step.writes[0]) if all(path.is_file() for path in step.writes) else None
-        if not record:
+        if not all(path.is_file() for path in step.writes):
             reasons[step.name] = "has no record"
-        elif not _holds(record, step.config):
-            reasons[step.name] = "was made with other settings"
-        elif record.get("code") != code:
-            reasons[step.name] = "was made by other code"
-    return reasons
-
-
-def _holds(record: Any, config: TrainConfig | None) -> bool:
-    """Whether a record is of these settings; one that is newer than the record has its default there."""
-    try:
-        return bool(config and from_settings(record["config"], "").decisive() == config.decisive())
-    except UserError:
-        return False
+            continue
+        record, reasons[step.name] = read_json(step.writes[0]), "was made with other settings"
+        with contextlib.suppress(UserError):  # a setting that is no longer known; a newer one has its default there
+            if step.config and from_settings(record["config"], "").decisive() == step.config.decisive():
+                reasons[step.name] = "was made by other code" if record.get("code") != code else ""
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def stages() -> list[Step]:
@@ -210,7 +202,7 @@ def profiles(steps: Sequence[Step]) -> list[str]:
 def strays(profile: str) -> list[str]:
     """What is wrong with each file among a profile's results that nothing writes: pages read such runs, too."""
     written = {out for s in stages() for out in s.writes if not s.name.startswith("runs@")}
-    written |= {out for run in runs(profile) for out in run.writes}
+    written |= {out for run in (runs(profile) if profile in known() else []) for out in run.writes}
     folders = [RESULTS / kind / profile for kind in ("executed", "figures", "runs", "values")]
     unknown = [path for path in files(folders) if not written & {path, *path.parents}]
     return [f"{display(path)} is written by nothing in params.yaml and dvc.yaml: remove it" for path in unknown]
@@ -309,14 +301,18 @@ def compute(
     """
     write_atomic(probe := RESULTS / f"{TEMPORARY}probe", b"")  # say at once, not after minutes, what can't be written
     probe.unlink()
-    jobs = jobs or max(1, min(_cores(), MOST_JOBS))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = jobs or min(cores, MOST_JOBS)
     behind = {step.name: {o.name for o in steps if o is not step and step.needs(o)} for step in steps}
     waiting, done, moved = list(steps), set[str](), list[str]()
     running: dict[Future[None], tuple[Step, str]] = {}
     bar, pool = tqdm(total=len(steps), unit="step", disable=None), _workers(jobs, capped)
     try:
         while waiting or running:
-            for step in [s for s in waiting if behind[s.name] <= done][: jobs - len(running)]:
+            ready = [s for s in waiting if behind[s.name] <= done]
+            if not ready and not running:
+                raise UserError(f"dvc.yaml goes in a circle: {', '.join(s.name for s in waiting)} wait for each other")
+            for step in ready[: jobs - len(running)]:
                 waiting.remove(step)
                 if skip(step):
                     done.add(step.name)
@@ -352,11 +348,6 @@ def compute(
         bar.close()
     if moved:
         raise UserError(f"what {', '.join(moved)} is made from changed while it was: run the same command again")
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:

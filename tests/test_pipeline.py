@@ -324,6 +324,13 @@ def test_memory_knows_a_step_by_content_not_by_time(tmp_path, monkeypatch):
     assert not Memory().has(step)
 
 
+def test_a_circle_is_named_before_anything_runs(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    steps = [Step("one", (a,), (), (b,), "x"), Step("two", (b,), (), (a,), "x")]
+    with pytest.raises(UserError, match=r"dvc.yaml goes in a circle: one, two wait for each other"):
+        next(pipeline.compute(steps, lambda step: True))
+
+
 def test_a_sample_has_all_reports_and_runs_from_all_over(monkeypatch):
     monkeypatch.setattr(pipeline, "lacking", lambda steps: {})
     steps = pipeline.select("faces")

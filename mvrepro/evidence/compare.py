@@ -164,7 +164,7 @@ def _shown(notebook: Any) -> dict[str, str]:
     """The text that each code cell of an executed notebook shows."""
     cells = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     texts = [[(o.get("text", ""), o.get("data", {}).get("text/markdown", "")) for o in outputs] for outputs in cells]
-    return {f" code cell {n}": "".join(itertools.chain(*itertools.chain(*t))) for n, t in enumerate(texts, 1)}
+    return {f"code cell {n}": "".join(itertools.chain(*itertools.chain(*t))) for n, t in enumerate(texts, 1)}
 
 
 def _words_differ(old: Any, new: Any) -> str | None:

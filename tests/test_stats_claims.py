@@ -149,11 +149,12 @@ def add(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "default_t", lambda profile: 0.2)
     (tmp_path / "runs" / "made-up").mkdir(parents=True)
 
-    def write(loss, values, t=0.2, metric=METRIC, **settings):
+    def write(loss, values, t=0.2, metric=METRIC, learned=(0.9, 0.02), **settings):
         for seed, value in enumerate(values):
             record = {
                 "config": {"loss": loss, "t": t, "seed": seed, "embedding_dim": 8} | settings,
                 "metrics": {metric: value},
+                "learned": dict(zip(("top1", "marked_share"), learned, strict=True)) if learned else {},
                 "curve": {"loss": [3.0, 2.0], "marked_share": [0.5, 0.25]},
             }
             path = tmp_path / "runs" / "made-up" / f"{next(number):03d}.json"
@@ -294,8 +295,9 @@ def test_no_runs_says_what_makes_them(tmp_path):
     ("better", "verdict"),
     [
         ([0.60, 0.71, 0.79], claims.REPRODUCED),
-        ([0.52, 0.75, 0.70], claims.QUALITATIVELY),
-        ([0.50, 0.60, 0.70], claims.NOT_REPRODUCED),  # equal is not better
+        ([0.52, 0.75, 0.70], claims.UNDECIDED),  # above, and chance could do that
+        ([0.48, 0.55, 0.69], claims.UNDECIDED),  # below, and chance could do that
+        ([0.50, 0.60, 0.70], claims.UNDECIDED),  # equal is not better
         ([0.40, 0.50, 0.60], claims.NOT_REPRODUCED),
     ],
 )
@@ -310,11 +312,30 @@ def test_greater(add, judge, better, verdict):
     assert found.command == "make reproduce PROFILE=made-up NB=04"
 
 
+@pytest.mark.parametrize(
+    ("learned", "reason"),
+    [
+        ((0.9, 0.02), ""),
+        ((0.9, 0.06), r"\(AM-Softmax ends with 6 % of the classes marked, top-1 90 %\)"),
+        ((0.7, 0.02), r"\(AM-Softmax ends with 2 % of the classes marked, top-1 70 %\)"),
+        (None, r"\(AM-Softmax ends with 25 % of the classes marked\)"),  # an older record, by its curve
+    ],
+)
+def test_networks_that_have_not_learned_decide_nothing(add, judge, learned, reason):
+    """What counts is the margin loss: that an MV loss marks more may be what is to be found out."""
+    add("AM-Softmax", [0.5, 0.5, 0.5], learned=learned)
+    add("MV-AM-Softmax-a", [0.6, 0.61, 0.62], learned=(0.3, 0.9))
+    found = judge(greater(better="MV-AM-Softmax-a", worse="AM-Softmax"))["g"]
+    assert found.verdict == (claims.NOT_TESTABLE if reason else claims.REPRODUCED)
+    assert found.numbers["difference"] == pytest.approx(0.11)  # which is shown all the same
+    assert not reason or re.match(f"the networks have not learned {reason}; \\+11.00 points", found.found)
+
+
 def test_greater_needs_seeds_that_both_losses_have(add, judge):
     add("Softmax", [0.5, 0.6])
     add("AM-Softmax", [0.6, 0.8, 0.79])
     found = judge(greater(), greater("two", min_seeds=2), greater("why", why="no time"))
-    assert [v.verdict for v in found.values()] == [claims.NOT_TESTED, claims.QUALITATIVELY, claims.NOT_TESTED]
+    assert [v.verdict for v in found.values()] == [claims.NOT_TESTED, claims.UNDECIDED, claims.NOT_TESTED]
     assert found["why"].found == "no time"
     assert found["g"].numbers == {}
 

@@ -12,7 +12,8 @@ from mvrepro.errors import UserError
 from mvrepro.files import RESULTS, ROOT, display, read_json, read_yaml
 from mvrepro.losses import LOSSES
 
-COLUMNS = ["variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim"]  # of `table`, before the metrics
+# of `table`, before the metrics
+COLUMNS = ["variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim", "top1", "marked_share"]
 
 
 def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -34,8 +35,9 @@ def default_t(profile: str) -> float:
 
 def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
     """One row a run: variant, loss, f, h, g, t (0 where the loss has no emphasis), default
-    (is t that of the profile, or 0?), seed, embedding_dim, and a column a metric (shares in [0, 1]); sorted by the
-    order of LOSSES, then t, then seed.
+    (is t that of the profile, or 0?), seed, embedding_dim, top1 and marked_share (of the training set in the end; of
+    older records NaN and the last epoch's), and a column a metric (shares in [0, 1]); sorted by the order of LOSSES,
+    then t, then seed.
 
     kind: the runs of this variant only ("": the plain ones); None: all.
     """
@@ -43,6 +45,8 @@ def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.
     for config, record in _chosen(profile, folder, kind):
         f, h, g = (getattr(LOSSES[config["loss"]], part) for part in "fhg")
         values = config | {"f": f, "h": h or "–", "g": g or "–"}
+        marked = (record["curve"].get("marked_share") or [np.nan])[-1]
+        values |= {"top1": np.nan, "marked_share": marked} | record.get("learned", {})
         rows.append({column: values[column] for column in COLUMNS} | record["metrics"])
     if not rows:
         raise UserError(f"no runs of the variant {kind!r} in {display(folder / 'runs' / profile)}")

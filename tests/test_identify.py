@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvrepro.protocols import identification as module
-from mvrepro.protocols import identify, megaface, tpr_at_far_distractors, tpr_at_fpr, trillion_pairs
+from mvrepro.protocols import identify, megaface, nearest_people, tpr_at_far_distractors, tpr_at_fpr, trillion_pairs
 
 often = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -139,6 +139,20 @@ def test_trillion_pairs_are_those_of_counting_one_by_one(seed: int, far: float) 
     assert found.identification.tpr == pytest.approx(expected)
     assert found.identification.false_accepts == sum(score > refused for score in nearest)
     assert [found.verification] == tpr_at_far_distractors(probes, ids, distractors, [0.01])
+
+
+@often
+@given(st.integers(0, 10_000), st.integers(1, 20), st.booleans())
+def test_the_nearest_person_is_that_of_comparing_all_images(seed: int, chunk: int, apart: bool) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(14, 5)), rng.normal(size=(9, 5))
+    ids, others = np.array(list("abcde"))[rng.permutation(14) % 5], np.array(list("abc"))[rng.permutation(9) % 3]
+    people, whom, cosines = nearest_people(x, ids, y, others, apart=apart, chunk=chunk)
+    assert people.tolist() == sorted(set(ids))
+    for person, other, cosine in zip(people, whom, cosines, strict=True):
+        mine = x[ids == person] / np.linalg.norm(x[ids == person], axis=1)[:, None]
+        scores = [(float((mine @ b).max() / np.linalg.norm(b)), q) for b, q in zip(y, others, strict=True)]
+        assert (pytest.approx(cosine, abs=1e-6), other) == max(s for s in scores if not (apart and s[1] == person))
 
 
 def call(function, **changes):

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mvrepro import images
+from mvrepro import images, protocols
 from mvrepro.errors import UserError
-from mvrepro.files import write_atomic
+from mvrepro.files import read_column, write_atomic
 from mvrepro.images import align, fetch, photographs
 from mvrepro.images.storage import check_apart
 
@@ -25,7 +25,17 @@ PREPARE = """needs pip install "mvrepro[align]"; about 20 photos a second on a f
 A call that was stopped goes on where it was."""
 RULE = """The rule: names are the same when they are so with blanks for underscores, one blank for several,
 without case, and by the spellings in mvrepro.images.photographs.SPELLINGS. Nothing else: no initials, no accents,
-no other order."""
+no other order.
+
+By a network: two people are as alike as the two most alike of their images, and taken for one from --threshold on. How
+sure that is, the table says: how many people of the first list reach each cosine, how many strangers would do so by
+chance, as the others among themselves do, and which share of those who have one name. Babies look alike to networks.
+
+example:
+  python -m mvrepro embed model.onnx people/ emb/people
+  python -m mvrepro embed model.onnx lfw emb/lfw
+  python -m mvrepro data overlap people/ emb/lfw --embeddings emb/people emb/lfw --out shared.txt
+  python -m mvrepro data convert people/ clean/ --to rec --without shared.txt"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--decode", action="store_true", help="decode every image, too, and name those that fail")
 
     sub = add("overlap", "whom two lists of names share: the paper's “-R” step", RULE, _overlap)
-    sub.add_argument("names", type=Path, help="a list with a name a line, or a folder with a folder a person")
+    text = "a list with a name a line, a folder with a folder a person, or a folder that embed wrote"
+    sub.add_argument("names", type=Path, help=text)
     sub.add_argument("others", type=Path, help="the same for the people to remove, such as those of a test set")
-    sub.add_argument("--out", type=Path, help="write the shared names there, as they stand in the first list")
+    text = "write the shared names there, as they stand in the first list; with --embeddings also OUT.tsv, the cosines"
+    sub.add_argument("--out", type=Path, help=text)
+    text = "two folders that embed wrote, by one network: of the first people and of the others"
+    sub.add_argument("--embeddings", type=Path, nargs=2, metavar="FOLDER", help=text)
+    text = "with --embeddings: who is found by name, by the network, or by either (both, the default)"
+    sub.add_argument("--by", choices=["name", "network", "both"], default="both", help=text)
+    text = "cosine from which two people are taken for one (default: 0.45)"
+    sub.add_argument("--threshold", type=float, default=0.45, help=text)
 
     sub = add("convert", "write a training set in another format", "", _convert)
     _set_argument(sub)
@@ -146,8 +164,19 @@ def histogram(counts: NDArray[np.int64]) -> str:
 def _overlap(arguments: argparse.Namespace) -> int:
     names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
+    alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)
     print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
           f"in {arguments.others}; {len(names) - len(shared):,} remain")  # fmt: skip
+    if chance is not None:
+        seen = {name for name, (cosine, _) in alike.items() if cosine >= arguments.threshold}
+        print(_evidence(alike, shared, chance))
+        print(f"the network finds {len(seen):,} from {arguments.threshold:g} on, {len(seen & shared):,} of them by "
+              f"name, too; {len(seen | shared):,} are found by either")  # fmt: skip
+        if arguments.out:
+            lines = [f"{name}\t{cosine:.4f}\t{whom}\t{name in shared}" for name, (cosine, whom) in alike.items()]
+            text = "\n".join(["person\tcosine\twith\tby_name", *lines])
+            write_atomic(arguments.out.with_name(f"{arguments.out.name}.tsv"), f"{text}\n")
+        shared = {"name": shared, "network": seen, "both": shared | seen}[arguments.by]
     listed = [name for name in names if name in shared]
     if arguments.out:
         write_atomic(arguments.out, "".join(f"{name}\n" for name in listed))
@@ -155,6 +184,42 @@ def _overlap(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(listed))
     return 0
+
+
+def _alike(names: list[str], ours: Path, theirs: Path) -> tuple[dict[str, tuple[float, str]], NDArray[np.float32]]:
+    """Of each of `names` that has embeddings the best cosine with one of the others, and whose, the most alike first;
+    and of each of the others (P,) the best with another of themselves."""
+    from mvrepro.interchange import load_embeddings  # which needs torch
+
+    (x, ids), (y, others) = (
+        (load_embeddings(folder / "embeddings.npy"), np.array(read_column(folder / "ids.txt")))
+        for folder in (ours, theirs)
+    )
+    called = {photographs.same_name(name): name for name in names}
+    try:
+        people, whom, cosines = protocols.nearest_people(x, ids, y, others)
+        chance = protocols.nearest_people(y, others, y, others, apart=True)[2]
+    except ValueError as error:
+        raise UserError(f"{ours} and {theirs}: {error}") from None
+    if unknown := [name for name in people.tolist() if photographs.same_name(name) not in called]:
+        raise UserError(f"{ours / 'ids.txt'}: {unknown[0]} is not among the names ({len(unknown):,} such people)")
+    order = np.argsort(-cosines, kind="stable")
+    found = zip(people[order].tolist(), cosines[order].tolist(), whom[order].tolist(), strict=True)
+    return {called[photographs.same_name(name)]: (cosine, other) for name, cosine, other in found}, chance
+
+
+def _evidence(alike: dict[str, tuple[float, str]], shared: set[str], chance: NDArray[np.float32]) -> str:
+    """A line for every 0.05 of the best cosine."""
+    cosines, named = (np.array([alike[name][0] for name in group]) for group in (alike, shared & alike.keys()))
+    lines = ["from cosine   people  all from there  strangers by chance  same names"]
+    bins = np.histogram(cosines, [-2, *(edges := np.arange(20, 95, 5) / 100), 2])[0][1:]
+    for edge, count in zip(edges, bins, strict=True):
+        expected = f"{len(cosines) * np.mean(chance >= edge):,.1f}"
+        share = f"{100 * np.mean(named >= edge):.0f} %" if len(named) else "–"
+        bar = "█" * round(BAR * count / max(1, bins.max()))
+        above = np.sum(cosines >= edge)
+        lines.append(f"{edge:11.2f} {count:8,} {above:15,} {expected:>20} {share:>11}  {bar}".rstrip())
+    return "\n".join(lines)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

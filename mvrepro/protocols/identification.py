@@ -7,7 +7,7 @@ distractor's can thus be told apart, or not, by rounding where they differ by le
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -174,6 +174,28 @@ def trillion_pairs(
     (point,) = tpr_at_fpr(found.score, found.best[-1], [far_identification])
     share = found.share_found(np.maximum(found.best[-1], np.nextafter(point.threshold, -np.inf)))
     return TrillionPairs(Operating(far_identification, share, point.threshold, point.false_accepts), found.points[0])
+
+
+def nearest_people(
+    x: ArrayLike, ids: ArrayLike, y: ArrayLike, others: ArrayLike, *, apart: bool = False, chunk: int = 1024
+) -> tuple[NDArray[Any], NDArray[Any], Scores]:
+    """Whom of `others` each person of `ids` looks like most: (people (P,) in order, whom (P,), cosine (P,)).
+
+    x (N, D) with ids (N,), y (M, D) with others (M,). Two people are as alike as the two most alike of their images.
+    apart: never the same id, for the likeness of people who are known to be strangers. ValueError as identify.
+    """
+    (u, who), (v, whose) = rows_and_ids(x, ids), rows_and_ids(y, others)
+    _check(u, v, "y")
+    positive_chunk(chunk)
+    best, where = np.empty(len(u), np.float32), np.empty(len(u), np.intp)
+    for a in range(0, len(u), chunk):
+        block = (u[a : a + chunk] @ v.T).astype(np.float32)
+        if apart:
+            block[who[a : a + chunk, None] == whose] = -np.inf
+        where[a : a + chunk], best[a : a + chunk] = block.argmax(axis=1), block.max(axis=1)
+    order = np.lexsort((-best, np.unique(who, return_inverse=True)[1]))
+    people, first = np.unique(who[order], return_index=True)
+    return people, whose[where[order[first]]], best[order[first]]
 
 
 # One pass over the distractors

@@ -27,6 +27,14 @@ DOCS, BUILD = ROOT / "docs", ROOT / "build"
 PAGES, STATIC, BOOK = BUILD / "pages", BUILD / "static", BUILD / "book"
 # A formula and the punctuation after it, between which a browser would break the line.
 PUNCTUATION = re.compile(r"(?<![\\$`])\$(?=[^\s$])([^$`\n]*[^\s$`\\])\$([.,;:)]+)")
+GUIDES = {  # pages of docs/ -> what the navigation calls them
+    "read": "how to read it",
+    "interactive": "a loss in your hands",
+    "reproduce": "reproduce and validate",
+    "data": "photographs and formats",
+    "head": "the head in your own code",
+    "scale": "training at scale",
+}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)\)")  # to a file, not to an address
 
 
@@ -86,22 +94,31 @@ def about(path: Path) -> str:
 
 
 def resolve(text: str, folder: str, up: str) -> str:
-    """Let links lead to a page of the same profile or to a file of the repository; others become their words.
+    """Let links lead to a page of the book or to a file of the repository; others become their words.
     Punctuation moves into the formula before it.
 
-    folder: where the text stands in the repository; up: the way from its page to the repository's root.
+    folder: where the text stands in the repository; up: the way from its page, in build/pages, to the repository's
+    root.
     """
 
     def link(match: re.Match[str]) -> str:
         words, target = match.groups()
         for place in (normpath(f"{folder}/{target}"), normpath(target)):
             if (ROOT / place).is_file():
-                page = place.startswith(f"{folder}/") and "/" not in target
                 plain = words.replace("`", "")  # a role takes no markup inside
-                return match.group() if page else f"{{download}}`{plain} <{up}{place}>`"
+                page = place_in_book(place)
+                return f"[{words}]({up[6:]}{page})" if page else f"{{download}}`{plain} <{up}{place}>`"
         return words
 
     return PUNCTUATION.sub(r"$\1\\text{\2}$", LINK.sub(link, text))
+
+
+def place_in_book(place: str) -> str | None:
+    """Where in build/pages a file of the repository is, if it is a page."""
+    path = Path(place)
+    if path.parent == Path("docs") and path.suffix == ".md" and path.stem in GUIDES:
+        return path.name
+    return "/".join(path.parts[2:]) if path.match("results/executed/*/*.ipynb") else None
 
 
 def figure_data(profile: str) -> dict[str, str]:
@@ -170,11 +187,10 @@ def verdicts() -> str:
 
 
 def answer() -> str:
-    """What the verdicts come to, with their picture."""
-    words = readme("the paragraphs '**What to make of it.**'", r"^\*\*What to make of it\.\*\* (.*?)\n#")[1]
-    words = re.sub(r"\(results/executed/([^)]+)\)", r"(\1)", words)  # pages of the book
+    """What came out so far, below its picture."""
+    words = resolve(readme("the section '## The answer so far'", r"^## The answer so far\n\n(.*?)\n#")[1], "", "../../")
     alt, picture, caption = readme("a figure with its caption", r"^!\[([^]]*)\]\(([^)]*)\)\n\n\*(.*?)\*$").groups()
-    return f"{words}\n\n```{{figure}} ../../{picture}\n:alt: {alt}\n:width: 700px\n\n{caption}\n```\n"
+    return f"```{{figure}} ../../{picture}\n:alt: {alt}\n:width: 560px\n\n{caption}\n```\n\n{words}\n"
 
 
 def reading() -> str:
@@ -199,7 +215,8 @@ def index() -> str:
     text = text.replace("<!-- verdicts -->", verdicts().replace("(paper/claims.toml)", f"({first})"))
     text = text.replace("<!-- notebooks -->", reading()).replace("<!-- answer -->", answer())
     trees = [tree(f"Profile {each}", [f"{short(p)} <{each}/{p.stem}>" for p in notebooks(each)]) for each in profiles()]
-    trees.insert(1, tree("Try", ["a loss in your hands <interactive>", "training at scale <scale>"]))
+    guides = [f"{words} <{name}>" for name, words in GUIDES.items()]
+    trees = [tree("Start here", guides[:1]), *trees[:1], tree("Try and use", guides[1:]), *trees[1:]]
     return text + "".join(trees)
 
 
@@ -249,8 +266,9 @@ def main() -> int:
         for path in notebooks(profile):
             write_json(PAGES / profile / path.name, page(path, data))
     write_atomic(PAGES / "index.md", index())
-    for name in ("scale.md", "interactive.md"):
-        write_atomic(PAGES / name, resolve((DOCS / name).read_text(encoding="utf-8"), "docs", "../../"))
+    for name in GUIDES:
+        text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+        write_atomic(PAGES / f"{name}.md", resolve(text, "docs", "../../"))
     shutil.copy(DOCS / "interactive" / "widget.html", PAGES)
     options = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(BUILD / "doctrees")]
     return sphinx([*options, str(PAGES), str(BOOK)])

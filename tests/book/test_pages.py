@@ -14,6 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import BOOK, ROOT, Visit
 
 PAGES = sorted(BOOK.rglob("*.html"))
+GUIDES = [path.stem for path in (ROOT / "docs").glob("*.md") if path.stem != "index"]
 NOTEBOOKS = sorted((ROOT / "results" / "executed").glob("*/*.ipynb"))
 
 
@@ -50,7 +51,7 @@ def faults(visit: Visit, **options: object) -> list[str]:
 def test_every_notebook_is_a_page() -> None:
     assert NOTEBOOKS
     assert [path for path in NOTEBOOKS if not page_of(path).is_file()] == []
-    assert {"index.html", "interactive.html", "scale.html", "search.html"} <= {name(path) for path in PAGES}
+    assert {f"{page}.html" for page in ("index", "search", *GUIDES)} <= {name(path) for path in PAGES}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
@@ -150,7 +151,7 @@ def test_pages_follow_each_other() -> None:
         assert beside(after, "prev") == path
         seen.append(after)
         path = after
-    assert len(seen) == len(set(seen)) == len(NOTEBOOKS) + 2  # and the interactive page, and that on training at scale
+    assert len(seen) == len(set(seen)) == len(NOTEBOOKS) + len(GUIDES)
 
 
 def test_titles_tell_pages_apart() -> None:

@@ -47,7 +47,7 @@ def conv(
 
 
 class StridedPoints(nn.Conv2d):
-    """A 1×1 convolution with a stride that takes its pixels first where it runs on a CPU: the same bits.
+    """A 1×1 convolution with a stride that takes its pixels first where it runs on a CPU.
 
     oneDNN's own way dies in the backward pass, or is wrong there, with channels last and fewer channels than a register
     of the processor holds: 15 with AVX-512, 7 with AVX2 (torch 2.13).

@@ -108,6 +108,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
     else:
         torch.set_num_threads(config.threads)
         torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     with ranks.together():
         task = tasks.load(config)
         order = Order(config, len(task.train), ranks.rank, ranks.count)

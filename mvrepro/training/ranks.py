@@ -23,14 +23,12 @@ class OwnFault(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`. grouped: there is a process group; objects: the one for what isn't a tensor of the
-    device."""
+    """This process among `count`. grouped: there is a process group, which serves CPUs, too."""
 
     rank: int
     count: int
     device: torch.device
     grouped: bool = False
-    objects: dist.ProcessGroup | None = None
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -40,7 +38,7 @@ class Ranks:
         """The values of all ranks, on all ranks."""
         values = [value] * self.count
         if self.count > 1:
-            dist.all_gather_object(values, value, group=self.objects)
+            dist.all_gather_object(values, value)
         return values
 
     @contextmanager
@@ -112,17 +110,16 @@ def _start(config: TrainConfig) -> Ranks:
     if not together and config.sample_rate == 1:
         return Ranks(0, 1, device)
     timeout = timedelta(minutes=config.timeout)
-    backend = "nccl" if cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
         if together:
             dist.init_process_group(backend, timeout=timeout)
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
-        objects = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     except (RuntimeError, ValueError) as error:
         raise OwnFault(f"rank {rank} of {count} could not join the others: {str(error).splitlines()[0]}") from None
-    return Ranks(rank, count, device, True, objects)
+    return Ranks(rank, count, device, True)
 
 
 def _number(name: str, default: int) -> int:

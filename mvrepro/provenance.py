@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -76,7 +77,9 @@ def _meaning(source: bytes) -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints, or None outside a repository."""
+    """What git prints, or None outside a repository and where there is no git."""
+    if not shutil.which("git"):
+        return None
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,7 @@ def train(
     check(config)
     if save and save.exists() and not (save / "manifest.json").is_file():
         raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
-    with joined(config) as ranks:
-        session = prepare(config, ranks)
+    with joined(config) as ranks, closing(prepare(config, ranks)) as session:
         network, order = session.network, session.order
         snapshots = Snapshots(work / "snapshots", session.about(), CODE, config.keep_snapshots, ranks) if work else None
         if begin:
@@ -127,6 +127,10 @@ class Session:
     order: Order
     network: Network
     test: Test
+
+    def close(self) -> None:
+        """Before the process group goes."""
+        self.network.release()
 
     def about(self) -> dict[str, Any]:
         """What a run that goes on from a snapshot must share with it; the place of a set is not among it."""

@@ -15,6 +15,10 @@ from mvrepro.heads.sharded import is_lost_contact, lost_contact
 from mvrepro.training.config import TrainConfig
 
 ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun sets them, and what a lone process is
+FULL = (
+    "the device's memory is full: try a smaller --batch-size, --accumulate, --bfloat16, --sample-rate or "
+    "--update-in-backward, or more ranks; --resume goes on from the last snapshot"
+)
 
 
 class OwnFault(UserError):
@@ -136,13 +140,12 @@ def _explained(ranks: Ranks) -> Iterator[None]:
         yield
     except ConnectionError as error:  # ShardedHead's word
         raise UserError(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise ranks.fault(
-            "the device's memory is full: try a smaller --batch-size, --accumulate, --bfloat16, --sample-rate or "
-            "--update-in-backward, or more ranks; --resume goes on from the last snapshot"
-        ) from None
+    except MemoryError:
+        raise ranks.fault(FULL) from None
     except RuntimeError as error:
         text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+            raise ranks.fault(FULL) from None
         if is_lost_contact(error):
             reason = text.splitlines()[0].split(". ")[0]
             raise UserError(lost_contact(ranks.rank, ranks.count, reason)) from None

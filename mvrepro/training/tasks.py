@@ -72,10 +72,17 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
     all pairs, BLUFR, identification against distractors. `dev_…` is measured on the CelebA people with
     two images, whom neither training nor a test uses: settings are chosen by it."""
     test = photographs.lfw(image_size)
+    train, dev, sizes = beside(test, photographs.cfp(image_size), image_size, remove, seed)
+    return on_lfw(test, train, dev, sizes, fprs, photographs.folder("lfw"))
+
+
+def on_lfw(
+    test: Pixels, train: Pixels, dev: Pixels, sizes: dict[str, int], fprs: tuple[float, ...], lists: Path
+) -> Task:
+    """The task `lfw` with these images; lists: the folder of LFW's pairs.txt and blufr/."""
     assert test.names is not None
-    train, dev, sizes = _beside(test, photographs.cfp(image_size), image_size, remove, seed)
-    pairs = photographs.lfw_pairs(photographs.folder("lfw") / "pairs.txt", test.names)
-    trials = protocols.blufr_trials(test.names.tolist(), photographs.folder("lfw") / "blufr")
+    pairs = photographs.lfw_pairs(lists / "pairs.txt", test.names)
+    trials = protocols.blufr_trials(test.names.tolist(), lists / "blufr")
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
         ours, theirs = embeddings[: len(test)], embeddings[len(test) :]
@@ -96,7 +103,7 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Tas
 def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
     """Trains on CelebA and LFW (people with 3 images at least) without CFP's people; tests on CFP-FF and CFP-FP."""
     test, other = photographs.cfp(image_size), photographs.lfw(image_size)
-    train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
+    train, dev, sizes = beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
     assert test.names is not None
     pairs = {kind: photographs.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
 
@@ -211,7 +218,7 @@ def load(config: TrainConfig) -> Task:
     return task
 
 
-def _beside(
+def beside(
     test: Pixels, other: Pixels, image_size: int, remove: str, seed: int
 ) -> tuple[Pixels, Pixels, dict[str, int]]:
     """(train, dev, sizes): CelebA and the people of `other` who are not tested; CelebA people with two images."""

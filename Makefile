@@ -55,11 +55,11 @@ $(BOOK)/.ready: requirements-book.lock
 	$(call venv,$(BOOK),$<,1 minute and 0.3 GB)
 	@touch $@
 
-reproduce: env ## compute every stage of PROFILE not yet computed here, and compare with the committed values
+reproduce: env ## compute what of PROFILE was not yet computed here, and compare with the committed values
 	@$(MVREPRO) reproduce --profile $(PROFILE) $(NOTEBOOK) $(if $(filter-out 0,$(FORCE)),--force) $(if $(JOBS),--jobs $(JOBS)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(filter-out 0,$(PAGES)),--pages)
 
-status: env ## which committed results no longer belong to the files that are here
-	@$(MVREPRO) status --profile $(PROFILE)
+status: env ## which committed results no longer belong to the files that are here, of all profiles
+	@$(MVREPRO) status
 
 validate: env ## re-execute the committed notebooks strictly; check everything that is generated
 	@$(MVREPRO) validate --profile $(PROFILE) $(NOTEBOOK)

@@ -1,6 +1,6 @@
 """The door: python -m mvrepro COMMAND ... Each command is a module of mvrepro.commands, imported when called.
 
-Like the package's __init__ files, this module computes nothing, so no stage of dvc.yaml depends on it.
+Like the package's __init__ files, this module computes nothing, so nothing is stale where it changes.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import sys
 
 COMMANDS = {
     "train": "train and test one network with one loss, alone or under torchrun, and write its record",
+    "runs": "train the runs of a profile that are not current, or a share of them",
     "reproduce": "compute what this machine has not computed yet, and compare it with the committed values",
     "status": "say which results are stale, without computing anything",
     "validate": "re-execute the committed notebooks strictly and check all that is generated",
@@ -17,6 +18,7 @@ COMMANDS = {
     "data": "fetch, align, inspect, compare and convert sets of faces",
     "judge": "judge anybody's embeddings (.npy) by any protocol",
     "claims": "judge the claims: results/claims.json and the table in README.md",
+    "code": "note what each part of the code is in results/code.json, which dvc.yaml depends on",
 }
 MOVED = {"bench": "python -m benchmarks head", "scale": "python -m mvrepro train --profile paper"}
 

@@ -1,8 +1,10 @@
 """Where things lie in the project, and writing that is whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mvrepro.errors import UserError, explain_os_error
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -49,6 +56,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def check_writable(path: Path) -> None:
+    """Say at once, not after hours, that a file or folder can't be made there. Raises UserError."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if there == path.absolute() and there.is_file():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+        raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON with a stable layout, so that equal values are equal bytes; NaN and infinity are refused."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -56,6 +73,20 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def read_yaml(path: Path) -> Any:
+    """Raises UserError with the place where it is no YAML."""
+    import yaml
+
+    try:
+        return yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"{display(path)} can't be read: {error}") from None
 
 
 def read_lines(path: Path, *, empty: bool = False) -> list[tuple[int, str]]:

@@ -1,235 +1,276 @@
-"""Running the graph of dvc.yaml on this machine: what is to do, side by side, whole or not at all.
+"""What is computed, from what, and whether it is current: runs out of params.yaml, pages and tables out of dvc.yaml.
 
-DVC holds the graph and says by content what is stale (dvc.lock). `dvc repro` runs one stage after the
-other and, since a clone's results are fresh, would run none there. This runner computes every stage
-that this machine has not computed yet from this code; a local, ignored file remembers which it has.
+A run is current where a record holds the settings that are wanted and the hash of today's code. DVC says by content
+(dvc.lock) which other results belong to the files that are here. Since all of that is committed, a clone is current
+and `dvc repro` computes nothing there: `make reproduce` asks what this machine has computed from this code, which a
+local, ignored file remembers.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import io
+import itertools
 import json
+import multiprocessing
 import os
 import platform
+import runpy
+import shlex
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
-from mvrepro.determinism import environment
+from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, sweep, write_atomic, write_json
+from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
+from mvrepro.provenance import TRAINING, code_hash, code_parts, committed
+from mvrepro.training.config import TrainConfig, from_settings
 
-COMPUTED = LOCAL / "computed.json"
+CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
+AGAIN = "What was computed before is kept: the same command goes on from there."
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage of dvc.yaml: a command, what it reads (files, folders, parameters) and what it writes."""
+class Step:
+    """A run, or a stage of dvc.yaml: the files, folders and parts of the code that it reads, and what it writes."""
 
     name: str
-    command: str
     reads: tuple[Path, ...]
-    params: tuple[str, ...]
+    parts: tuple[str, ...]
     writes: tuple[Path, ...]
-    needs: frozenset[str] = field(default=frozenset(), compare=False)
+    command: str = ""  # of a stage
+    config: TrainConfig | None = None  # of a run
+
+    def needs(self, other: "Step") -> bool:
+        """True where it reads what the other writes, or a folder around that or below."""
+        pairs = itertools.product(self.reads, other.writes)
+        return any(read == out or read in out.parents or out in read.parents for read, out in pairs)
+
+    def inputs(self) -> str:
+        """The hash of all that decides what it writes."""
+        settings = self.config.decisive() if self.config else self.command
+        inputs = [settings, _versions(), [code_hash(part) for part in self.parts], digest(self.reads)]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+    def compute(self) -> None:
+        """Train the run, or call the stage's `python -m MODULE …`, in this process, where the libraries are loaded."""
+        if self.config:
+            from mvrepro.training import loop
+
+            loop.run(self.config, self.writes[0])
+            keep_committed(self.writes[0])
+            return
+        sys.argv, said = shlex.split(self.command)[2:], io.StringIO()
+        with contextlib.redirect_stderr(said):
+            try:
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            except SystemExit as end:
+                if end.code:
+                    raise UserError(said.getvalue().strip()) from None
 
 
-class Pipeline:
-    """The stages of dvc.yaml by name, in an order in which they can run."""
-
-    def __init__(self) -> None:
-        _mend_lock_file()
-        import logging
-        import warnings
-
-        import networkx
-
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="dvc")
-        from dvc.exceptions import DvcException
-        from dvc.repo import Repo
-
-        try:
-            self.repo = Repo(str(ROOT))
-            logging.getLogger("dvc").setLevel(logging.ERROR)  # its hints (git add dvc.lock, …) are not for our reader
-            graph = self.repo.index.graph
-        except DvcException as error:
-            raise UserError(f"dvc.yaml can't be read: {error}") from None
-        order = list(networkx.topological_sort(graph.reverse(copy=True)))
-        self.stages = {stage.addressing: _stage(stage, graph) for stage in order}
-        self._known = {stage.addressing: stage for stage in order}  # DVC's own objects, with dvc.lock read once
-
-    def select(self, profile: str, notebook: str | None = None) -> list[Stage]:
-        """The stages of a profile, or only those behind one of its notebooks, with all that they need."""
-        if "-" in profile:
-            raise UserError(
-                f"profile {profile!r}: the name of a profile has no '-', since a stage's begins with it and one, "
-                f"such as {profile.replace('-', '_')}-train"
-            )
-        wanted = [s for s in self.stages if s.startswith(f"{profile}-")]
-        known = sorted({s.split("-")[0] for s in self.stages if "-train@" in s})
-        if not wanted:
-            raise UserError(f"profile {profile!r} has no stages in dvc.yaml; known are: {', '.join(known)}")
-        if notebook:
-            wanted = [s for s in wanted if s == f"{profile}-{notebook}"]
-            if not wanted:
-                numbers = [s.removeprefix(f"{profile}-") for s in self.stages if s[len(profile) + 1 :].isdigit()]
-                raise UserError(
-                    f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(numbers))}"
-                )
-        chosen: set[str] = set()
-        todo = [*wanted, *([] if notebook else ["claims"])]
-        while todo:
-            name = todo.pop()
-            # The claims are judged on every profile; what other profiles have is taken as it lies here.
-            # A measurement of time is one machine's, and only its own profile takes it anew.
-            foreign = name.split("-")[0] in {*known, "bench"} - {profile}
-            if name not in chosen and name in self.stages and not foreign:
-                chosen.add(name)
-                todo += self.stages[name].needs
-        return [stage for name, stage in self.stages.items() if name in chosen]
-
-    def stale(self, stages: Sequence[Stage]) -> dict[str, list[str]]:
-        """Stage -> reasons, for those whose committed results don't belong to the files that are here."""
-        reasons: dict[str, list[str]] = {}
-        with self._locked():
-            found = {name: entries for s in stages for name, entries in self._known[s.name].status().items()}
-        for name, entries in found.items():
-            texts = []
-            for entry in entries:
-                if isinstance(entry, dict):
-                    for what, changes in entry.items():
-                        texts += [f"{where}: {how}" for where, how in _flat(changes)] or [what]
-                else:
-                    texts.append(str(entry))
-            reasons[name] = texts
-        return reasons
-
-    def strays(self, profile: str) -> list[str]:
-        """What is wrong with each file among a profile's results that no stage writes: pages read such runs, too."""
-        written = {path for stage in self.stages.values() for path in stage.writes}
-        folders = [RESULTS / part / profile for part in ("executed", "figures", "runs", "values")]
-        found = [p for f in folders for p in sorted(f.rglob("*")) if p.is_file() and not p.name.startswith(TEMPORARY)]
-        return [f"{display(p)} is written by no stage of dvc.yaml: remove it" for p in found if p not in written]
-
-    def accept(self, stages: Sequence[Stage]) -> None:
-        """Tell DVC that these stages' outputs belong to the files that are here (dvc.lock)."""
-        from dvc.dvcfile import Lockfile
-
-        chosen = [self._known[stage.name] for stage in stages]
-        with self._locked():
-            for known in chosen:
-                known.save()
-            # All at once: a stage's own dump reads and writes the whole file, minutes for 200 stages.
-            Lockfile(self.repo, str(ROOT / "dvc.lock")).dump_stages(chosen)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold DVC's own lock, which another command holds while it writes dvc.lock."""
-        from dvc.lock import LockError
-
-        try:
-            self.repo.lock.lock()
-        except LockError:
-            raise UserError(
-                "another command of DVC or mvrepro is at work in this folder: when it has ended, run this one again"
-            ) from None
-        try:
-            yield
-        finally:
-            self.repo.lock.unlock()
+@functools.cache
+def _versions() -> list[str]:
+    return [platform.python_version(), version("torch"), version("numpy")]
 
 
-def _stage(stage: Any, graph: Any) -> Stage:
-    reads = tuple(Path(d.fs_path) for d in stage.deps if not hasattr(d, "params"))
-    params = tuple(p for d in stage.deps if hasattr(d, "params") for p in d.params)
-    writes = tuple(Path(o.fs_path) for o in stage.outs)
-    needs = frozenset(s.addressing for s in graph.successors(stage))
-    return Stage(stage.addressing, stage.cmd, reads, params, writes, needs)
+def known() -> list[str]:
+    """The profiles that have runs."""
+    params = read_yaml(ROOT / "params.yaml")
+    return [name for name, section in params.items() if isinstance(section, dict) and "runs" in section]
 
 
-def _flat(changes: Any) -> Iterator[tuple[str, str]]:
-    for where, how in changes.items():
-        if isinstance(how, dict):
-            yield from ((f"{where} {inner}", state) for inner, state in _flat(how))
-        else:
-            yield where, str(how)
+def runs(profile: str, folder: Path = RESULTS / "runs", **changes: Any) -> list[Step]:
+    """The runs of a profile in the order of params.yaml, whose records go to <folder>/<profile>/<run_name>.json.
+
+    changes: settings other than there.
+    """
+    if profile not in known():
+        raise UserError(f"params.yaml lists no runs for the profile {profile!r}; known are: {', '.join(known())}")
+    section, found = read_yaml(ROOT / "params.yaml")[profile], []
+    for grid in section["runs"]:
+        for row in itertools.product(*map(_flat, grid.values())):
+            settings = {"profile": profile, **section["train"], **dict(zip(grid, row, strict=True)), **changes}
+            config = from_settings(settings, f"params.yaml, {profile}")
+            record = folder / profile / f"{config.run_name()}.json"
+            writes = (record, record.with_suffix(".safetensors")) if config.data == "digits" else (record,)
+            found.append(Step(f"{profile}/{config.run_name()}", (), TRAINING, writes, config=config))
+    return found
 
 
-def _mend_lock_file() -> None:
+def _flat(value: Any) -> list[Any]:
+    return [inner for part in value for inner in _flat(part)] if isinstance(value, list) else [value]
+
+
+def lacking(steps: Sequence[Step]) -> dict[str, str]:
+    """Name -> reason, for the runs among these that are not current."""
+    code, reasons = code_hash(), {}
+    for step in (s for s in steps if s.config):
+        if not all(path.is_file() for path in step.writes):
+            reasons[step.name] = "has no record"
+            continue
+        record, reasons[step.name] = read_json(step.writes[0]), "was made with other settings"
+        with contextlib.suppress(UserError):  # a setting that is no longer known; a newer one has its default there
+            if step.config and from_settings(record["config"], "").decisive() == step.config.decisive():
+                reasons[step.name] = "was made by other code" if record.get("code") != code else ""
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def stages() -> list[Step]:
+    """The stages of dvc.yaml, with every `foreach` written out: no command of DVC tells what a stage reads."""
+    params, found = read_yaml(ROOT / "params.yaml"), []
+    for name, body in read_yaml(ROOT / "dvc.yaml")["stages"].items():
+        each = body.get("foreach", [""])
+        each = params[each[2:-1]] if isinstance(each, str) else each
+        for key, item in (each if isinstance(each, dict) else dict(zip(each, each, strict=True))).items():
+            values = {"key": key, "item": item}
+            values |= {f"item.{field}": v for field, v in item.items()} if isinstance(item, dict) else {}
+            text = json.dumps(body.get("do", body))
+            for place, value in values.items():
+                text = text.replace(f"${{{place}}}", str(value))
+            stage = json.loads(text)
+            reads, writes = (tuple(_paths(stage.get(kind, []))) for kind in ("deps", "outs"))
+            parts = [part for entry in stage.get("params", []) for part in entry.get("results/code.json", [])]
+            found.append(Step(f"{name}@{key}" if key else name, reads, tuple(parts), writes, stage["cmd"]))
+    return found
+
+
+def _paths(entries: list[Any]) -> Iterator[Path]:
+    """In dvc.yaml a path stands alone or before its options: `path` or `{path: options}`."""
+    for entry in entries:
+        yield from (ROOT / path for path in ([entry] if isinstance(entry, str) else entry))
+
+
+def select(profile: str, notebook: str | None = None) -> list[Step]:
+    """The runs and stages of a profile, or of one of its notebooks, such as "04", with all that they need.
+
+    The claims are judged on every profile, but what another one has is taken as it lies here; and a measurement of
+    time is one machine's, which only the profile "bench" takes anew.
+    """
+    every = stages()
+    pages = {out: s for s in every for out in s.writes if out.parent.parent == RESULTS / "executed"}
+    mine = {out.name[:2]: s for out, s in pages.items() if out.parent.name == profile}
+    chosen = [*mine.values(), *(s for s in every if s.name in (profile, f"runs@{profile}"))]
+    if not chosen:
+        raise UserError(f"profile {profile!r} has no stages in dvc.yaml; known are: {', '.join(known())}")
+    if notebook and notebook not in mine:
+        raise UserError(f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(mine))}")
+    chosen = [mine[notebook]] if notebook else [*chosen, *(s for s in every if s.name == "claims")]
+    foreign = {RESULTS / kind / out.parent.name for out in pages for kind in ("figures", "runs", "values")}
+    foreign -= {RESULTS / kind / profile for kind in ("figures", "runs", "values")}
+    for stage in chosen:  # which grows
+        behind = [s for s in every if s not in chosen and s.name != "bench" and stage.needs(s)]
+        chosen += [s for s in behind if not {p for out in s.writes for p in (out, *out.parents)} & foreign]
+    names = [s.name for s in every if s in chosen]
+    trained = [run for name in names if name.startswith("runs@") for run in runs(name.removeprefix("runs@"))]
+    return trained + [s for s in every if s in chosen and not s.name.startswith("runs@")]
+
+
+def stale(steps: Sequence[Step]) -> dict[str, str]:
+    """Name -> reason, for those whose committed results don't belong to the files that are here."""
+    reasons = lacking(steps)
+    now, noted = code_parts(), read_json(CODE) if CODE.is_file() else {}
+    states = json.loads(dvc("status", "--json"))
+    parts = {s.name: s.parts for s in steps if not s.config} | {f"runs@{p}": () for p in profiles(steps)}
+    for name in parts:
+        texts = [f"the code of {part} changed" for part in parts[name] if now.get(part) != noted.get(part)]
+        for entry in states.get(name, []):
+            texts += [f"{k}: {', '.join(v)}" for k, v in entry.items()] if isinstance(entry, dict) else [entry]
+        if texts:
+            reasons[name] = "; ".join(texts)
+    return reasons
+
+
+def profiles(steps: Sequence[Step]) -> list[str]:
+    """Whose runs are among these."""
+    return list(dict.fromkeys(s.config.profile for s in steps if s.config))
+
+
+def strays(profile: str) -> list[str]:
+    """What is wrong with each file among a profile's results that nothing writes: pages read such runs, too."""
+    written = {out for s in stages() for out in s.writes if not s.name.startswith("runs@")}
+    written |= {out for run in (runs(profile) if profile in known() else []) for out in run.writes}
+    folders = [RESULTS / kind / profile for kind in ("executed", "figures", "runs", "values")]
+    unknown = [path for path in files(folders) if not written & {path, *path.parents}]
+    return [f"{display(path)} is written by nothing in params.yaml and dvc.yaml: remove it" for path in unknown]
+
+
+def write_code() -> None:
+    """Bring results/code.json up to date, on which all stages of dvc.yaml depend."""
+    if not CODE.is_file() or read_json(CODE) != code_parts():
+        write_json(CODE, code_parts())
+
+
+def dvc(*arguments: str) -> str:
+    """What a command of DVC prints. Raises UserError with its message where it fails, as beside another one."""
+    command, settings = [sys.executable, "-m", "dvc", *arguments], os.environ | {"DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"dvc {arguments[0]}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def accept(steps: Sequence[Step]) -> None:
+    """Tell DVC (dvc.lock) that the results of these belong to the files that are here, where it doesn't know."""
+    lack = lacking(steps)
+    names = {"code", *(s.name for s in steps if not s.config), *(f"runs@{p}" for p in profiles(steps))}
+    names -= {f"runs@{s.config.profile}" for s in steps if s.config and s.name in lack}
+    waiting = sorted(names & json.loads(dvc("status", "--json")).keys())
+    if waiting:
+        dvc("commit", "--force", "--quiet", *waiting)
+
+
+def mend_lock_file() -> None:
     """DVC writes dvc.lock in place: a kill in that moment leaves half of it. Take the committed one then."""
     path = ROOT / "dvc.lock"
-    if not path.is_file():
-        return
-    try:
-        whole = isinstance(
-            yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)), dict
-        )
-    except yaml.YAMLError:
-        whole = False
-    if not whole:
-        before = committed(path)
-        if before is None:
-            path.unlink()
-        else:
-            write_atomic(path, before)
+    with contextlib.suppress(UserError):
+        if not path.is_file() or isinstance(read_yaml(path), dict):
+            return
+    write_atomic(path, committed(path) or b"")
 
 
 class Memory:
-    """Which stages this machine has computed, from what, and what came out."""
+    """Which steps this machine has computed, from what, and what came out."""
 
     def __init__(self) -> None:
-        self.known: dict[str, dict[str, str]] = {}
-        if COMPUTED.is_file():
-            with contextlib.suppress(json.JSONDecodeError):
-                self.known = read_json(COMPUTED)
-        self.params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-        self.hashes: dict[Path, str] = {}
+        self.known: dict[str, list[str]] = {}
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            self.known = read_json(COMPUTED)
 
-    def has(self, stage: Stage) -> bool:
-        """True where the stage was computed here from just this, and its outputs are still the same."""
-        return self.known.get(stage.name) == self._state(stage)
+    def has(self, step: Step) -> bool:
+        """True where the step was computed here from just this, and its outputs are still the same."""
+        return step.name in self.known and self.known[step.name] == [step.inputs(), digest(step.writes)]
 
-    def remember(self, stage: Stage) -> None:
-        for path in stage.writes:
-            self.hashes.pop(path, None)
-            self.hashes.pop(path.parent, None)
-        self.known[stage.name] = self._state(stage)
+    def remember(self, step: Step) -> None:
+        self.known[step.name] = [step.inputs(), digest(step.writes)]
         write_json(COMPUTED, self.known)
 
-    def _state(self, stage: Stage) -> dict[str, str]:
-        versions = [platform.python_version(), version("torch"), version("numpy")]
-        inputs = [stage.command, *versions, *(f"{p}={self._param(p)}" for p in stage.params)]
-        inputs += [f"{display(path)}={self._hash(path)}" for path in stage.reads]
-        return {
-            "from": hashlib.sha256("\n".join(inputs).encode()).hexdigest(),
-            "to": hashlib.sha256("\n".join(self._hash(path) for path in stage.writes).encode()).hexdigest(),
-        }
 
-    def _param(self, dotted: str) -> str:
-        value = self.params
-        for part in dotted.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return json.dumps(value, sort_keys=True)
+def digest(paths: Sequence[Path]) -> str:
+    """The hash of the content of files and folders."""
+    found = hashlib.sha256()
+    for file in files(paths):
+        found.update(f"{display(file)}\n".encode() + file.read_bytes())
+    return found.hexdigest()
 
-    def _hash(self, path: Path) -> str:
-        if path not in self.hashes:
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            digest = hashlib.sha256()
-            for file in files:
-                digest.update(f"{file.name}\n".encode())
-                digest.update(file.read_bytes() if file.is_file() else b"missing")
-            self.hashes[path] = digest.hexdigest()
-        return self.hashes[path]
+
+def files(paths: Sequence[Path]) -> list[Path]:
+    """The files that these are or hold, without hidden ones."""
+    found = [p for path in paths for p in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [p for p in found if p.is_file() and not p.name.startswith(".") and not p.parent.name.startswith(".")]
 
 
 @contextlib.contextmanager
@@ -250,110 +291,94 @@ def only_one() -> Iterator[None]:
 
 
 def compute(
-    stages: Sequence[Stage], *, force: bool = False, jobs: int | None = None, ran: list[Stage] | None = None
-) -> list[Stage]:
-    """Run what this machine has not computed yet (or all, with `force`); returns the stages that ran, which
-    are in `ran`, too, when it ends early.
+    steps: Sequence[Step], skip: Callable[[Step], bool], *, jobs: int | None = None, capped: bool = True
+) -> Iterator[Step]:
+    """Compute steps side by side in processes that live on, in their order, each when what it needs is done; yields
+    each as it ends. What was done stays done, whatever happens to the others.
 
-    Raises UserError when a stage fails, with the end of what it printed; what was done stays done.
+    skip: is asked of a step when it could begin; capped: with the settings of mvrepro.determinism.
+    Raises UserError when a step fails, when a process dies, and for steps whose inputs changed meanwhile.
     """
-    _check_writable()
-    sweep(RESULTS)
-    memory, ran = Memory(), [] if ran is None else ran
-    jobs = jobs or max(1, min(_cores(), MOST_JOBS))
-    waiting, done, running = list(stages), set[str](), dict[Future[None], Stage]()
-    names = {stage.name for stage in stages}
-    bar = tqdm(total=len(stages), unit="stage", disable=None)
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            while waiting or running:
-                for stage in [s for s in waiting if s.needs & names <= done]:
-                    if not force and memory.has(stage):
-                        waiting.remove(stage)
-                        done.add(stage.name)
-                        bar.update()
-                    elif len(running) < jobs:
-                        waiting.remove(stage)
-                        running[pool.submit(_run, stage)] = stage
-                if not running:
-                    continue
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                # Those that failed last: what ended in the same instant is done and stays done.
-                for future in sorted(finished, key=lambda f: f.exception() is not None):
-                    stage = running.pop(future)
-                    future.result()
-                    for path in stage.writes:
-                        keep_committed(path)
-                    memory.remember(stage)
-                    ran.append(stage)
-                    done.add(stage.name)
+    write_atomic(probe := RESULTS / f"{TEMPORARY}probe", b"")  # say at once, not after minutes, what can't be written
+    probe.unlink()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = jobs or min(cores, MOST_JOBS)
+    behind = {step.name: {o.name for o in steps if o is not step and step.needs(o)} for step in steps}
+    waiting, done, moved = list(steps), set[str](), list[str]()
+    running: dict[Future[None], tuple[Step, str]] = {}
+    bar, pool = tqdm(total=len(steps), unit="step", disable=None), _workers(jobs, capped)
+    try:
+        while waiting or running:
+            ready = [s for s in waiting if behind[s.name] <= done]
+            if not ready and not running:
+                raise UserError(f"dvc.yaml goes in a circle: {', '.join(s.name for s in waiting)} wait for each other")
+            for step in ready[: jobs - len(running)]:
+                waiting.remove(step)
+                if skip(step):
+                    done.add(step.name)
                     bar.update()
-                    bar.set_postfix_str(stage.name)
-                    if bar.disable:
-                        print(f"[{len(done)}/{len(stages)}] {stage.name}", flush=True)
-        finally:
-            _stop_children()
-            bar.close()
-    return ran
+                else:
+                    running[pool.submit(step.compute)] = step, step.inputs()
+            finished = wait(running, return_when=FIRST_COMPLETED).done if running else set()
+            # Those that failed last: what ended in the same instant is done and stays done.
+            for future in sorted(finished, key=lambda f: f.exception() is not None):
+                step, before = running.pop(future)
+                try:
+                    future.result()
+                except UserError as error:
+                    raise UserError(f"{step.name}: {error}\n{AGAIN}") from None
+                except BrokenProcessPool:
+                    names = ", ".join([step.name, *(s.name for s, _ in running.values())])
+                    raise UserError(f"a process was killed, or ran out of memory, at {names}\n{AGAIN}") from None
+                done.add(step.name)
+                bar.update()
+                bar.set_postfix_str(step.name)
+                if bar.disable:
+                    print(f"[{len(done)}/{len(steps)}] {step.name}", flush=True)
+                if step.inputs() == before:
+                    yield step
+                else:
+                    moved.append(step.name)
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown()
+        bar.close()
+    if moved:
+        raise UserError(f"what {', '.join(moved)} is made from changed while it was: run the same command again")
 
 
-_children: set[subprocess.Popen[bytes]] = set()
+def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:
+    os.environ.update(environment(threads=1))
+    for name in () if capped else ENVIRONMENT:
+        del os.environ[name]
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin)
 
 
-def _run(stage: Stage) -> None:
-    """One stage in a process of its own; what it prints goes to .mvrepro/logs/<stage>.log."""
-    log = LOCAL / "logs" / f"{stage.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    settings = environment(threads=1) | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    started = time.perf_counter()
-    with log.open("wb") as file:
-        child = subprocess.Popen(stage.command, shell=True, cwd=ROOT, env=settings, stdout=file, stderr=file)
-        _children.add(child)
-        code = child.wait()
-        _children.discard(child)
-    if code:
-        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-        signal = -code if code < 0 else code - 128  # a shell reports its child's signal n as 128 + n
-        how = f"was killed by signal {signal}" if signal > 0 else f"failed with exit code {code}"
-        raise UserError(
-            f"stage {stage.name} {how} after {time.perf_counter() - started:.0f} s ({stage.command}):\n"
-            + "\n".join(tail)
-            + "\nWhat was computed before is kept: the same command goes on from there."
-        )
+def _begin() -> None:
+    """What a worker does first: it prints to .mvrepro/log, and ends when its parent does, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
+    os.chdir(ROOT)
+    LOCAL.mkdir(exist_ok=True)
+    with (LOCAL / "log").open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that outlives a process that is killed
+    parent = multiprocessing.parent_process()
 
+    def follow() -> None:
+        if parent:
+            parent.join()
+        os._exit(1)
 
-def _stop_children() -> None:
-    for child in list(_children):
-        child.terminate()
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_writable() -> None:
-    """Say at once, not after minutes, that results can't be written."""
-    probe = RESULTS / ".writing-probe"
-    write_atomic(probe, b"")
-    probe.unlink(missing_ok=True)
-
-
-def committed(path: Path) -> bytes | None:
-    """The file as it stands in the last commit, or None where it has none."""
-    done = subprocess.run(["git", "show", f"HEAD:{display(path)}"], cwd=ROOT, capture_output=True, check=False)
-    return done.stdout if done.returncode == 0 else None
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def keep_committed(path: Path) -> None:
-    """Where a run's values are those committed, keep the committed file: it says where they first came
-    from, and a reproduction that finds the same leaves no change in git."""
-    if path.suffix != ".json" or not path.is_relative_to(RESULTS / "runs"):
-        return
-    before = committed(path)
-    if before is None or before == path.read_bytes():
-        return
-    old, new = json.loads(before), read_json(path)
-    if {k: v for k, v in old.items() if k != "provenance"} == {k: v for k, v in new.items() if k != "provenance"}:
+    """Where all of a record but its provenance is that of the committed one, keep that one: it says where the values
+    first came from, and a reproduction that finds the same leaves no change in git."""
+    before = committed(path) if path.is_relative_to(RESULTS) else None
+    if before and json.loads(before) | {"provenance": ""} == read_json(path) | {"provenance": ""}:
         write_atomic(path, before)

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from notebook_form import source_problems
 
+from mvrepro.evidence.compare import text_difference
 from mvrepro.pages import check
-from mvrepro.pages.same import text_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "tests" / "notebooks"

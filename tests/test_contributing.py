@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md gives to copy is what works: its stages, its claim, and the template of a notebook."""
+"""What CONTRIBUTING.md gives to copy is what works: its rows of params.yaml, its claim, and a notebook's template."""
 
 import ast
 import json
@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
-from test_pipeline import closure, imported
+from test_pipeline import imported, parts_behind
 
-from mvrepro.commands import train
+from mvrepro import pipeline
 from mvrepro.evidence import claims
+from mvrepro.files import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -27,31 +27,60 @@ def code():
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.fixture(scope="module")
-def stages():
-    """The stages of dvc.yaml with those of CONTRIBUTING.md after them."""
-    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    more = [block for block in blocks("yaml") if "cmd:" in block]
-    assert len(more) == 2
-    return yaml.safe_load("\n".join([text, *more]))["stages"]
+def params(below, row):
+    """params.yaml with one more line of CONTRIBUTING.md after this one, indented as the next."""
+    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
+    place = next(i for i, line in enumerate(lines) if line == below) + 1
+    indent = len(lines[place]) - len(lines[place].lstrip())
+    return "\n".join([*lines[:place], " " * indent + row.strip(), *lines[place:]])
 
 
-def test_the_stage_of_a_variant_trains_with_options_that_exist(stages):
-    words = stages["quick-t-grows"]["cmd"].split()
-    options = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
-    assert options <= {*train.OPTIONS, *train.FLAGS, "profile", "loss", "seed", "out"}
-    assert stages["quick-t-grows"]["deps"] == stages["quick-train"]["deps"]
+@pytest.fixture
+def with_params(tmp_path, monkeypatch):
+    """Let the pipeline read another params.yaml."""
+
+    def use(text):
+        (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+        original = pipeline.read_yaml
+        monkeypatch.setattr(
+            pipeline, "read_yaml", lambda p: original(tmp_path / p.name if p.name == "params.yaml" else p)
+        )
+
+    return use
 
 
-def test_the_stage_of_a_notebook_depends_on_the_code_behind_the_template(stages):
-    listed = {path for path in stages["quick-12"]["deps"] if path.endswith(".py")}
-    assert listed == closure({"mvrepro/commands/notebook.py"} | imported("\n".join(code())))
+def test_the_row_of_a_variant_is_three_runs_more(with_params):
+    (row,) = [block for block in blocks("yaml") if "variant" in block]
+    before = {step.name for step in pipeline.runs("quick")}
+    with_params(params("  runs:", row))
+    steps = pipeline.runs("quick")
+    more = [step for step in steps if step.name not in before]
+    assert [step.name for step in more] == [f"quick/MV-AM-Softmax-a_t0.2_t-grows_seed{seed}" for seed in range(3)]
+    assert {step.config.t_warmup for step in more} == {100}
 
 
-def test_the_stage_of_a_notebook_lists_the_figures_of_the_template(stages):
-    written = {path for out in stages["quick-12"]["outs"] for path in out if "/figures/" in path}
-    names = re.findall(r'f"\{number\}-(\w+)"', "\n".join(code()))
-    assert written == {f"results/figures/quick/12-{n}.{kind}" for n in names for kind in ("json", "pdf", "png")}
+def test_another_t_is_twelve_runs_more(with_params):
+    """The rows of the text are those of params.yaml, but for the value added."""
+    (block,) = [block for block in blocks("yaml") if "*mv" in block]
+    written = next(line for line in block.splitlines() if "*mv" in line).partition(" #")[0]
+    row = next(line for line in (ROOT / "params.yaml").read_text().splitlines() if "t: [0.1, 0.3, 0.5]" in line)
+    changed = row.replace("0.5]", "0.5, 0.7]")
+    assert changed.replace(row[row.index("&mv") : row.index("]") + 1], "*mv") == written
+    before = len(pipeline.runs("quick"))
+    with_params((ROOT / "params.yaml").read_text().replace(row, changed))
+    assert len(pipeline.runs("quick")) == before + 4 * 3
+
+
+def test_the_line_of_a_page_is_its_stage(with_params):
+    (line,) = [block for block in blocks("yaml") if "quick-12" in block]
+    with_params(params("pages:", line))
+    *runs, page = pipeline.select("quick", "12")
+    assert page.name == "page@quick-12" and pipeline.profiles(runs) == ["quick"]
+    executed, figures = page.writes
+    assert executed == ROOT / "results" / "executed" / "quick" / "12-t-grows.ipynb"
+    assert figures == ROOT / "results" / "figures" / "quick" / "12"
+    assert ROOT / "notebooks" / "12-t-grows.ipynb" in page.reads
+    assert parts_behind(imported("\n".join(code()))) <= set(page.parts)
 
 
 def test_the_template_runs_as_it_stands(tmp_path, monkeypatch):
@@ -72,7 +101,7 @@ def test_the_template_says_which_runs_are_missing(monkeypatch):
 
 def test_the_claim_has_what_its_rule_asks_for(tmp_path, monkeypatch):
     (block,) = blocks("toml")
-    (claim,) = claims.tomllib.loads(block)["claim"]
+    (claim,) = tomllib.loads(block)["claim"]
     monkeypatch.setattr(claims, "load", lambda: [claim])
     (verdict,) = claims.evaluate("quick", folder=tmp_path)
     assert (verdict.verdict, verdict.found) == ("not tested", "the profile has no such runs")

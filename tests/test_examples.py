@@ -11,10 +11,10 @@ from nbclient import NotebookClient
 from notebook_form import source_problems
 
 from mvrepro.determinism import environment
+from mvrepro.evidence.compare import text_difference
 from mvrepro.files import ROOT
 from mvrepro.pages.check import executed_problems
 from mvrepro.pages.notebook import CELL_TIMEOUT_S, START_TIMEOUT_S, SocketKernelManager
-from mvrepro.pages.same import text_difference
 
 EXAMPLES = sorted((ROOT / "notebooks" / "examples").glob("*.ipynb"))
 

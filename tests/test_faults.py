@@ -21,38 +21,44 @@ METADATA = {
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """The project with a graph of four stages, computed and committed once."""
+    """The project with three runs and a page, computed and committed once."""
     import nbformat
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
     tree = copy_tree(tmp_path_factory.mktemp("faults") / "project")
-    run_git(tree, "rm", "-r", "-q", "results", "notebooks", "dvc.lock")
-    graph = yaml.safe_load((tree / "dvc.yaml").read_text())
-    params = yaml.safe_load((tree / "params.yaml").read_text())
-    params["losses"] = ["AM-Softmax", "MV-AM-Softmax-a", "Arc-Softmax"]
-    params["quick"]["seeds"] = [0]
-    params["quick"]["train"]["epochs"] = 3
+    run_git(tree, "rm", "-r", "-q", "results", "notebooks")
+    run_git(tree, "rm", "-q", "--ignore-unmatch", "dvc.lock")
+    graph, params = (yaml.safe_load((tree / name).read_text()) for name in ("dvc.yaml", "params.yaml"))
+    train = params["quick"]["train"] | {"epochs": 3}
+    runs = [{"loss": ["AM-Softmax", "MV-AM-Softmax-a", "Arc-Softmax"], "seed": 0}]
+    pages = {"quick-98": {"profile": "quick", "nb": "98", "name": "fault", "reads": "results/runs/quick"}}
+    params = {"quick": {"train": train, "runs": runs}, "pages": pages}
     (tree / "params.yaml").write_text(yaml.safe_dump(params))
-    report = {
-        "cmd": "python -m mvrepro notebook 98 --profile quick",
-        "deps": ["notebooks/98-fault.ipynb", "results/runs/quick"],
-        "outs": [{"results/executed/quick/98-fault.ipynb": {"cache": False}}],
-    }
-    stages = {"quick-train": graph["stages"]["quick-train"], "quick-98": report}
+    stages = {name: graph["stages"][name] for name in ("code", "runs", "page")}
+    stages["runs"]["foreach"] = ["quick"]
     (tree / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     cells = [
         new_markdown_cell("# Fault", id="title"),
         new_code_cell('profile: str = "quick"', id="parameters", metadata={"tags": ["parameters"]}),
-        new_code_cell("import time\nfrom mvrepro import runs\ntime.sleep(1)", id="setup"),
-        new_code_cell('print(runs.table(profile)["tpr@fpr=0.01"].round(3).tolist())', id="show"),
+        new_code_cell(SETUP, id="setup"),
+        new_code_cell('scores = runs.table(profile)["tpr@fpr=0.01"].round(3).tolist()\nprint(scores)', id="show"),
+        new_code_cell('report.record("scores", {"mean": sum(scores) / len(scores)}, kind="training")', id="record"),
     ]
     (tree / "notebooks").mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=cells, metadata=METADATA), tree / "notebooks" / "98-fault.ipynb")
+    (tree / "paper").mkdir(exist_ok=True)
     commit(tree)
     code, output = make(tree, "reproduce")
     assert code == 0, output
     commit(tree)
     return tree
+
+
+SETUP = """import time
+from mvrepro.evidence import runs
+from mvrepro.pages.report import Report
+report = Report("98", profile)
+time.sleep(1)"""
 
 
 def unharmed(tree: Path) -> None:
@@ -62,7 +68,7 @@ def unharmed(tree: Path) -> None:
 
 def children(pid: int) -> list[tuple[int, str]]:
     """(pid, command line) of all that runs below a process."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in table.splitlines()]
     below, todo = [], [pid]
     while todo:
@@ -73,16 +79,33 @@ def children(pid: int) -> list[tuple[int, str]]:
     return below
 
 
-def kill_one(process: subprocess.Popen[str], wanted: str) -> None:
-    """Wait until something whose command line holds `wanted` runs below the process, and kill it with -9."""
-    for _ in range(600):
-        found = [pid for pid, command in children(process.pid) if wanted in command and "sh -c" not in command]
+def below(process: subprocess.Popen[str], wanted: str) -> list[int]:
+    """Wait until processes whose command line holds `wanted` run below this one."""
+    for _ in range(1200):
+        found = [pid for pid, command in children(process.pid) if wanted in command]
         if found:
             time.sleep(0.3)
-            os.kill(found[-1], signal.SIGKILL)
-            return
+            return found
         time.sleep(0.05)
-    pytest.fail(f"no process with {wanted!r} appeared")
+    process.kill()
+    pytest.fail(f"no process with {wanted!r} appeared: {process.communicate()[0]}")
+
+
+def kill_one(process: subprocess.Popen[str], wanted: str) -> None:
+    os.kill(below(process, wanted)[-1], signal.SIGKILL)
+
+
+def gone(pids: list[int], seconds: float = 20) -> bool:
+    for _ in range(int(seconds / 0.1)):
+        table = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True, check=True).stdout
+        alive = {int(line.split()[0]) for line in table.splitlines() if not line.split()[1].startswith("Z")}
+        if not alive & set(pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+WORKER = "spawn_main"
 
 
 @pytest.mark.xdist_group("faults")
@@ -90,7 +113,7 @@ def test_a_second_call_does_nothing(tree):
     began = time.perf_counter()
     code, output = make(tree, "reproduce")
     assert code == 0, output
-    assert "computed 0 of 4 stages" in output
+    assert "computed 0 of 4 steps" in output
     assert "0 different" in output
     assert time.perf_counter() - began < 30
     unharmed(tree)
@@ -112,7 +135,7 @@ def test_reproduce_killed_at_a_random_moment(tree, seed):
 @pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize(
     ("victim", "message"),
-    [("mvrepro train", "was killed by signal 9"), ("ipykernel", "the kernel of 98-fault.ipynb died")],
+    [(WORKER, "a process was killed, or ran out of memory, at "), ("ipykernel", "the kernel of 98-fault.ipynb died")],
 )
 def test_a_stage_is_killed(tree, victim, message):
     process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
@@ -123,6 +146,58 @@ def test_a_stage_is_killed(tree, victim, message):
     assert "Traceback" not in output
     code, output = make(tree, "reproduce")
     assert code == 0, output
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("victim", [WORKER, "ipykernel"])
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_when_reproduce_is_ended(tree, with_signal, victim):
+    """Neither a training nor a kernel, although only the parent gets the signal."""
+    process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
+    below(process, victim)
+    pids = [pid for pid, _ in children(process.pid)]
+    os.kill(process.pid, with_signal)
+    process.communicate(timeout=60)
+    assert gone(pids), f"{pids} outlived the parent"
+    code, output = make(tree, "reproduce")
+    assert code == 0, output
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+def test_code_that_is_edited_during_a_training_is_not_what_trained(tree):
+    """The record tells the code before; what was computed counts as stale, and nothing is accepted as fresh."""
+    losses = tree / "mvrepro" / "losses.py"
+    before, lock = losses.read_text(), (tree / "dvc.lock").read_text()
+    process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
+    assert process.stdout and "[1/4]" in process.stdout.readline()  # the workers have loaded the code
+    losses.write_text(before.replace("return", "1 + 1\n    return", 1))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "is made from changed while it was: run the same command again" in output
+    assert (tree / "dvc.lock").read_text() == lock
+    _, output = make(tree, "status")
+    assert "stale: quick/Arc-Softmax_seed0 (was made by other code)" in output
+    losses.write_text(before)
+    code, output = make(tree, "reproduce")
+    assert code == 0, output
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+def test_a_comment_trains_nothing_and_is_no_reason_to(tree):
+    losses = tree / "mvrepro" / "losses.py"
+    before = losses.read_text()
+    losses.write_text("# A comment.\n" + before.replace('"""', '"""Also, ', 1))
+    code, output = make(tree, "status")
+    assert code == 0 and "stale" not in output, output
+    code, output = make(tree, "reproduce")
+    assert code == 0 and "computed 0 of 4 steps" in output, output
+    code, output = run(tree, sys.executable, "-m", "dvc", "repro")
+    assert code == 0 and output.count("Running stage") <= 1, output  # `code`, whose output is the same
+    losses.write_text(before)
+    run_git(tree, "checkout", "-q", "dvc.lock")
     unharmed(tree)
 
 

@@ -16,7 +16,12 @@ def replace(tree, name, old, new):
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def test_an_untouched_tree_passes(tree):
+def test_an_untouched_tree_passes_and_so_does_a_comment(tree):
+    """Neither a comment nor a docstring makes anything stale."""
+    path = tree / "mvrepro" / "losses.py"
+    path.write_text(
+        "# A comment.\n" + path.read_text(encoding="utf-8").replace('"""', '"""Also, ', 1), encoding="utf-8"
+    )
     code, output = make(tree, "validate", "NB=01")
     assert code == 0, output
     assert " passed" in output
@@ -34,8 +39,8 @@ def test_a_mutated_formula_fails(tree, old, new):
     replace(tree, "mvrepro/losses.py", old, new)
     code, output = make(tree, "validate", "NB=01")
     assert code != 0
-    assert "stale: quick-01" in output, "the results belong to another formula"
-    assert "01-losses.ipynb" in output.split("stale: quick-01")[1], "and the notebook itself notices"
+    assert "stale: page@quick-01" in output, "the results belong to another formula"
+    assert "01-losses.ipynb" in output.split("stale: page@quick-01")[1], "and the notebook itself notices"
     assert " failed" in output
     assert "Traceback (most recent call last)" not in output.split("short test summary")[0].split("=== FAILURES")[0]
 
@@ -44,7 +49,7 @@ def test_a_stale_plot_helper_fails(tree):
     replace(tree, "mvrepro/pages/plots.py", "DPI = 150", "DPI = 151")
     code, output = make(tree, "validate", "NB=01")
     assert code != 0
-    assert "stale: quick-01" in output
+    assert "stale: page@quick-01" in output
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,12 @@ def test_a_stale_plot_helper_fails(tree):
             "results/claims.json is not what",
         ),
         ("README.md", "**reproduced**", "**not reproduced**", "README.md is not what"),
-        ("results/values/quick/derivations.json", '"t_zero_error": 1e-16', '"t_zero_error": 1e-05', "stale: quick-01"),
+        (
+            "results/figures/quick/01/derivations.json",
+            '"t_zero_error": 1e-16',
+            '"t_zero_error": 1e-05',
+            "stale: page@quick-01",
+        ),
     ],
 )
 def test_a_mutated_table_fails(tree, name, old, new, message):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mvrepro.evidence import claims_table
+from mvrepro.evidence import claims
 from mvrepro.files import display, write_atomic
 
 
@@ -11,12 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    outdated = claims_table.outdated()
-    if arguments.check:
-        for path in outdated:
-            print(f"{display(path)} is not current: `make reproduce` writes it")
-        return 1 if outdated else 0
+    outdated = claims.outdated()
     for path, text in outdated.items():
-        write_atomic(path, text)
-        print(f"wrote {display(path)}")
-    return 0
+        if arguments.check:
+            print(f"{display(path)} is not current: `make reproduce` writes it")
+        else:
+            write_atomic(path, text)
+            print(f"wrote {display(path)}")
+    return 1 if arguments.check and outdated else 0

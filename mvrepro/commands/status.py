@@ -2,31 +2,29 @@
 
 import argparse
 
-from mvrepro.pipeline import Memory, Pipeline
+from mvrepro import pipeline
 
 MOST_LINES = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", default="quick", help="whose stages (default: quick)")
+    parser.epilog = "of all profiles; trains nothing and writes nothing"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    pipeline = Pipeline()
-    stages = pipeline.select(arguments.profile)
-    stale = pipeline.stale(stages)
-    for name, reasons in list(stale.items())[:MOST_LINES]:
-        print(f"stale: {name} ({'; '.join(reasons[:3])}{' …' if len(reasons) > 3 else ''})")
-    if len(stale) > MOST_LINES:
-        print(f"… and {len(stale) - MOST_LINES} more")
-    strays = pipeline.strays(arguments.profile)
-    for problem in strays[:MOST_LINES]:
-        print(f"stray: {problem}")
-    memory = Memory()
-    here = sum(memory.has(stage) for stage in stages)
-    print(
-        f"{arguments.profile}: {len(stages)} stages, {len(stages) - len(stale)} fresh "
-        "(their results belong to the files that are here); "
-        f"{here} computed on this machine"
-    )
+    every = {profile: pipeline.select(profile) for profile in pipeline.known()}
+    stale = pipeline.stale(list({step.name: step for steps in every.values() for step in steps}.values()))
+    problems = [f"stale: {name} ({why})" for name, why in stale.items()]
+    problems += [f"stray: {problem}" for profile in every for problem in pipeline.strays(profile)]
+    for line in problems[:MOST_LINES]:
+        print(line)
+    if len(problems) > MOST_LINES:
+        print(f"… and {len(problems) - MOST_LINES} more")
+    memory = pipeline.Memory()
+    for profile, steps in every.items():
+        fresh, here = sum(step.name not in stale for step in steps), sum(memory.has(step) for step in steps)
+        print(
+            f"{profile}: {len(steps)} runs, pages and tables, {fresh} fresh (their results belong to the files that "
+            f"are here); {here} computed on this machine"
+        )
     return 0

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mvrepro import pipeline
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
-from mvrepro.evidence import claims_table
+from mvrepro.evidence import claims
 from mvrepro.files import RESULTS, ROOT, display
-from mvrepro.pipeline import Pipeline, only_one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,18 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with only_one():
-        pipeline = Pipeline()
-        stages = pipeline.select(arguments.profile, arguments.notebook)
-        problems = [f"stale: {name} ({'; '.join(why[:3])})" for name, why in pipeline.stale(stages).items()]
+    with pipeline.only_one():
+        steps = pipeline.select(arguments.profile, arguments.notebook)
+        problems = [f"stale: {name} ({why})" for name, why in pipeline.stale(steps).items()]
         problems += pipeline.strays(arguments.profile)
-        for path in claims_table.outdated():
+        for path in claims.outdated():
             problems.append(f"{display(path)} is not what the runs and paper/claims.toml give")
         for problem in problems:
             print(problem)
         if problems:
             print("`make reproduce` computes and writes what is missing; then look at the difference and commit it")
-        notebooks = [path for stage in stages for path in stage.writes if path.suffix == ".ipynb"]
+        notebooks = [path for step in steps for path in step.writes if path.suffix == ".ipynb"]
         return 1 if _execute(notebooks, arguments.profile) or problems else 0
 
 

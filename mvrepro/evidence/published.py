@@ -1,6 +1,5 @@
 """Numbers of other people, out of paper/published.toml: each with its source and how well it is known."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT, display
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mvrepro.files import ROOT, display, read_toml
 
 PUBLISHED = ROOT / "paper" / "published.toml"
 
@@ -34,7 +28,7 @@ class Row:
 def load(path: Path = PUBLISHED) -> list[Row]:
     """Every value of the file, in its order. Raises UserError for an unknown mark, a value without a
     source, or a table with a row of the wrong length."""
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    content = read_toml(path)
     rows = [
         Row(f["kind"], f["what"], "", f["value"], f["mark"], f["source"], f.get("note", "")) for f in content["facts"]
     ]
@@ -55,12 +49,12 @@ def load(path: Path = PUBLISHED) -> list[Row]:
 
 def marks(path: Path = PUBLISHED) -> dict[str, str]:
     """What each mark means."""
-    return dict(tomllib.loads(path.read_text(encoding="utf-8"))["marks"])
+    return dict(read_toml(path)["marks"])
 
 
 def captions(path: Path = PUBLISHED) -> dict[str, str]:
     """For each table of results, by kind: its title with source, mark and note."""
-    results = tomllib.loads(path.read_text(encoding="utf-8"))["results"]
+    results = read_toml(path)["results"]
     texts = {}
     for r in results:
         note = f"; {r['note']}" if "note" in r else ""

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from mvrepro.errors import UserError
-from mvrepro.files import RESULTS, display, read_json
+from mvrepro.files import RESULTS, ROOT, display, read_json, read_yaml
 from mvrepro.losses import LOSSES
 
-COLUMNS = ["variant", "loss", "f", "h", "g", "t", "seed", "embedding_dim"]  # of `table`, before the metrics
+# of `table`, before the metrics
+COLUMNS = ["variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim", "top1", "marked_share"]
 
 
 def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -24,54 +25,46 @@ def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [read_json(path) for path in paths]
 
 
+def default_t(profile: str) -> float:
+    """The t of a profile's plain runs, out of params.yaml. Raises UserError where it says none."""
+    settings = read_yaml(ROOT / "params.yaml").get(profile, {}).get("train", {})
+    if "t" not in settings:
+        raise UserError(f"params.yaml, {profile}.train: needs t, which says what the default run of an MV loss is")
+    return float(settings["t"])
+
+
 def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
-    """One row a run: variant, loss, f, h, g, t (0 where the loss has no emphasis), seed, embedding_dim, and
-    a column a metric (shares in [0, 1]); sorted by the order of LOSSES, then t, then seed.
+    """One row a run: variant, loss, f, h, g, t (0 where the loss has no emphasis), default
+    (is t that of the profile, or 0?), seed, embedding_dim, top1 and marked_share (of the training set in the end; of
+    older records NaN and the last epoch's), and a column a metric (shares in [0, 1]); sorted by the order of LOSSES,
+    then t, then seed.
 
     kind: the runs of this variant only ("": the plain ones); None: all.
     """
     rows = []
-    for record in records(profile, folder):
-        config, row = record["config"], LOSSES[record["config"]["loss"]]
-        variant = config.get("variant", "")
-        if kind is not None and variant != kind:
-            continue
-        rows.append(
-            {
-                "variant": variant,
-                "loss": config["loss"],
-                "f": row.f,
-                "h": row.h or "–",
-                "g": row.g or "–",
-                "t": config["t"] if row.h else 0.0,
-                "seed": config["seed"],
-                "embedding_dim": config["embedding_dim"],
-                **record["metrics"],
-            }
-        )
+    for config, record in _chosen(profile, folder, kind):
+        f, h, g = (getattr(LOSSES[config["loss"]], part) for part in "fhg")
+        values = config | {"f": f, "h": h or "–", "g": g or "–"}
+        marked = (record["curve"].get("marked_share") or [np.nan])[-1]
+        values |= {"top1": np.nan, "marked_share": marked} | record.get("learned", {})
+        rows.append({column: values[column] for column in COLUMNS} | record["metrics"])
     if not rows:
         raise UserError(f"no runs of the variant {kind!r} in {display(folder / 'runs' / profile)}")
-    frame = pd.DataFrame(rows)
-    frame["loss"] = pd.Categorical(frame["loss"], categories=list(LOSSES), ordered=True)
-    frame = frame.sort_values(["loss", "t", "seed"], kind="stable").reset_index(drop=True)
-    frame["loss"] = frame["loss"].astype(str)
-    return frame
+    order = {loss: place for place, loss in enumerate(LOSSES)}
+    return pd.DataFrame(rows).sort_values(
+        ["loss", "t", "seed"], kind="stable", ignore_index=True, key=lambda c: c.map(order) if c.name == "loss" else c
+    )
 
 
 def curves(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
-    """One row an epoch of a run: variant, loss, t (0 where the loss has no emphasis), seed, epoch (from 1),
-    and the columns of the curve, whose "loss" is called training_loss here. kind: as in table."""
+    """One row an epoch of a run: variant, loss, t, default (both as in table), seed, epoch (from 1), and the columns
+    of the curve, whose "loss" is called training_loss here. kind: as in table."""
     parts = []
-    for record in records(profile, folder):
-        config = {"variant": "", **record["config"]}
-        if kind is not None and config["variant"] != kind:
-            continue
-        config["t"] = config["t"] if LOSSES[config["loss"]].h else 0.0
-        part = pd.DataFrame(record["curve"])
-        part = part.rename(columns={"loss": "training_loss"})
-        part.insert(0, "epoch", range(1, len(part) + 1))
-        for name in ("seed", "t", "loss", "variant"):
-            part.insert(0, name, config[name])
+    for config, record in _chosen(profile, folder, kind):
+        part = pd.DataFrame(record["curve"]).rename(columns={"loss": "training_loss"})
+        about = {name: config[name] for name in ("variant", "loss", "t", "default", "seed")}
+        for place, (name, value) in enumerate((about | {"epoch": range(1, len(part) + 1)}).items()):
+            part.insert(place, name, value)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
@@ -85,12 +78,11 @@ def features(profile: str, folder: Path = RESULTS) -> list[tuple[dict[str, Any],
 
 
 def by_seed(frame: pd.DataFrame, metric: str, loss: str, t: float | None = None) -> pd.Series:
-    """The metric of one loss indexed by seed; t None: its default run (0.2, or 0 without emphasis).
+    """The metric of one loss indexed by seed; t None: its default run.
     Raises UserError where a seed has two such runs, since nothing says which of them counts, and where one
     lacks the metric, since its test measures others."""
-    if t is None:
-        t = 0.2 if LOSSES[loss].h else 0.0
-    chosen = frame[(frame["loss"] == loss) & ((frame["t"] - t).abs() < 1e-9)]
+    at_t = frame["default"] if t is None else (frame["t"] - t).abs() < 1e-9
+    chosen = frame[(frame["loss"] == loss) & at_t]
     if chosen["seed"].duplicated().any():
         raise UserError(f"two runs of {loss} have the same t and seed: keep one of their files in results/runs")
     values = chosen.set_index("seed").reindex(columns=[metric])[metric].sort_index()
@@ -107,18 +99,28 @@ def evidence(
     """(loss, t, seed) -> what the runs of this variant keep of one part of their test beside its metrics, such
     as "lfw", "all_pairs", "blufr", "rank1" (mvrepro/training/tasks.py says what is in each); rows of numbers and bits
     are arrays here. t is 0 where the loss has no emphasis."""
-    found = {}
-    for record in records(profile, folder):
-        config = record["config"]
-        if config.get("variant", "") == kind and part in record.get("evidence", {}):
-            t = config["t"] if LOSSES[config["loss"]].h else 0.0
-            found[config["loss"], t, config["seed"]] = _arrays(record["evidence"][part])
-    return found
+    return {
+        (config["loss"], config["t"], config["seed"]): _arrays(record["evidence"][part])
+        for config, record in _chosen(profile, folder, kind)
+        if part in record.get("evidence", {})
+    }
 
 
 def numbers(words: str) -> NDArray[np.int64]:
     """ "3 0 12" -> array([3, 0, 12])."""
     return np.array(words.split(), dtype=np.int64)
+
+
+def _chosen(profile: str, folder: Path, kind: str | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(settings, record) of the runs of a variant, with t = 0 where the loss has no emphasis, and
+    whether t is the profile's own."""
+    found = [({"variant": "", **record["config"]}, record) for record in records(profile, folder)]
+    found = [(config, record) for config, record in found if kind is None or config["variant"] == kind]
+    usual = default_t(profile) if any(LOSSES[config["loss"]].h for config, _ in found) else 0.0
+    for config, _ in found:
+        config["t"] = config["t"] if LOSSES[config["loss"]].h else 0.0
+        config["default"] = not LOSSES[config["loss"]].h or abs(config["t"] - usual) < 1e-9
+    return found
 
 
 def _arrays(value: Any, name: str = "") -> Any:

@@ -6,6 +6,7 @@
     read_bin("lfw.bin")            InsightFace pair sets, without unpickling more than bytes and booleans
     small.orl(32)                  what the profiles train on and test with: Pixels; also .digits()
     photographs.lfw(32)            also .cfp, .celeba
+    archives.archive("fiw", 32)    further people to train on
 
 Nothing of an encoded set is held in memory but what finds an image; that is kept in the ignored folder .mvrepro,
 so that the second time a set of millions opens at once.

@@ -63,7 +63,7 @@ def lfw(size: int) -> Pixels:
 def cfp(size: int) -> Pixels:
     """10 frontal and 4 profile images of each of 500 people; names such as "001/frontal/01"."""
     here = folder("cfp")
-    people = {f"{number:03d}": name for number, name in enumerate(read_column(here / "names.txt", once=same_name), 1)}
+    people = {f"{number:03d}": name for number, name in enumerate(cfp_names(), 1)}
     paths = sorted((here / "images").glob("*/*/*.jpg"))
     places = [path.parts[-3:-1] for path in paths]
     expected = {(number, side) for number in people for side in ("frontal", "profile")}
@@ -76,6 +76,11 @@ def cfp(size: int) -> Pixels:
         raise UserError(f"{here / 'images' / number / side}: {what}")
     names = [f"{number}/{side}/{path.stem}" for (number, side), path in zip(places, paths, strict=True)]
     return _read(here / "images", paths, names, [people[number] for number, _ in places], size)
+
+
+def cfp_names() -> list[str]:
+    """The 500 people of CFP in the order of their numbers."""
+    return read_column(folder("cfp") / "names.txt", once=same_name)
 
 
 def celeba(size: int) -> Pixels:

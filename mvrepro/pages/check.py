@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 
+from mvrepro.evidence.compare import text_difference
 from mvrepro.pages.notebook import START_TIMEOUT_S, literals
-from mvrepro.pages.same import text_difference
 
 MAX_BYTES = 1_000_000
 

@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 
 from mvrepro.errors import UserError
 from mvrepro.evidence import claims, runs
+from mvrepro.evidence.compare import difference
 from mvrepro.files import RESULTS, read_json, write_atomic, write_json
 from mvrepro.files import display as shown
 from mvrepro.pages import plots
 from mvrepro.pages.notebook import NOTEBOOKS, OUT, SCRATCH, literals
-from mvrepro.pages.same import difference
 
 KINDS = ("exact", "training", "measured")
 

@@ -29,7 +29,6 @@ class TrainConfig:
     Those without a default come from a profile of params.yaml.
     """
 
-    profile: str = setting("the section of params.yaml that the settings came from")
     loss: str = setting("a name from mvrepro.LOSSES")
     data: str = setting(
         "what is trained on and tested with: a row of TASKS in training/tasks.py, such as orl or lfw; or the path of a "
@@ -42,6 +41,7 @@ class TrainConfig:
     lr: float = setting("learning rate after the warm-up", within=(0, 1e38))
     milestones: tuple[int, ...] = setting("schedule step: epochs after which lr is divided by 10", within=(1, 2**31))
 
+    profile: str = setting("the section of params.yaml that the settings came from", "", free=True)
     seed: int = setting("decides people, weights, order, mirroring and samples", 0, (0, 2**32 - 1))
     variant: str = setting("what sets the run apart from the plain ones of its profile, in words", "")
     # the training set
@@ -50,6 +50,10 @@ class TrainConfig:
     remove: str = setting(
         "lfw, cfp: who is taken out, overlap (who is also in the test set) or others (as many who are not)",
         "overlap", one_of=("overlap", "others"),
+    )  # fmt: skip
+    people: str = setting(
+        "lfw, cfp: who is trained on, all who are in no test, or few (CelebA and the other of the two)",
+        "few", one_of=("few", "all"),
     )  # fmt: skip
     renumber: bool = setting("a path: give class ids with holes new numbers 0 … K−1", False)
     synthetic_classes: int = setting("with --data synthetic: random images of K classes, to measure with", 0, COUNT)

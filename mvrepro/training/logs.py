@@ -131,7 +131,8 @@ class Logs:
 
     def __init__(self, folder: Path, first: int, tensorboard: bool) -> None:
         self.path = folder / "log.jsonl"
-        write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in self._lines() if line["step"] <= first))
+        if self.path.exists():
+            write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in self._lines() if line["step"] <= first))
         self.board: Any = None
         if tensorboard:
             try:
@@ -153,6 +154,7 @@ class Logs:
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: "step", and the values by name."""
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
         except OSError as error:

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
-from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, display, read_json, write_atomic, write_json
+from mvrepro.errors import UserError
+from mvrepro.files import LOCAL, check_writable, display, read_json, write_atomic, write_json
 from mvrepro.provenance import code_hash, config_hash, provenance
 from mvrepro.training import tasks
 from mvrepro.training.batches import Feed, Order
@@ -64,6 +64,8 @@ def train(
     check(config)
     if save and save.exists() and not (save / "manifest.json").is_file():
         raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
+    for place in filter(None, (out, work, save)):
+        check_writable(place)
     with joined(config) as ranks, closing(prepare(config, ranks)) as session:
         network, order = session.network, session.order
         snapshots = Snapshots(work / "snapshots", session.about(), CODE, config.keep_snapshots, ranks) if work else None
@@ -127,6 +129,7 @@ class Session:
     order: Order
     network: Network
     test: Test
+    bad: set[int] = field(default_factory=set)  # numbers of the images that were passed over
 
     def close(self) -> None:
         """Before the process group goes."""
@@ -145,7 +148,7 @@ class Session:
         return about | settings | {"device": self.ranks.device.type}
 
     def sizes(self) -> dict[str, int]:
-        bad = self.ranks.gather(getattr(self.task.train, "bad", set()))
+        bad = self.ranks.gather(self.bad)
         return {
             "train_images": len(self.task.train),
             "train_classes": self.network.head.num_classes,
@@ -163,6 +166,7 @@ class Session:
         """Take the steps from `first` on, tests and snapshots in between; keep_last: a snapshot at the end, too."""
         config, network, order, ranks = self.config, self.network, self.order, self.ranks
         feed = Feed(config, self.task.train, order, ranks, first)
+        self.bad = feed.bad
         course, pace = Course(config, order, **progress), Pace(config, feed)
         bar = tqdm(
             total=order.steps, initial=first, desc=config.run_name(), unit="step", leave=False,
@@ -218,10 +222,6 @@ def _first(snapshots: Snapshots, network: Network, resume: str) -> tuple[int, di
     ranks, here = snapshots.ranks, display(snapshots.folder)
     with ranks.together():
         if ranks.rank == 0:
-            try:
-                snapshots.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise explain_os_error(error, f"write {here}") from None
             snapshots.clear()
             if snapshots.steps() and not resume:
                 raise UserError(
@@ -234,7 +234,7 @@ def _first(snapshots: Snapshots, network: Network, resume: str) -> tuple[int, di
         if resume != "same":
             raise
         found = None
-        shutil.rmtree(snapshots.folder)
+        shutil.rmtree(snapshots.folder, ignore_errors=True)
     if found is None:
         if resume in ("strict", "despite changes"):
             ranks.say(f"{here} holds no snapshot yet: beginning at step 0")

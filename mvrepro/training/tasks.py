@@ -19,6 +19,7 @@ from mvrepro.errors import UserError
 from mvrepro.images import Images, Pairs, Pixels, open_images, photographs, read_bin, small
 from mvrepro.protocols.verification import BINS
 from mvrepro.training.config import TrainConfig
+from mvrepro.training.people import select
 
 Judged = tuple[dict[str, float], dict[str, Any]]
 
@@ -67,12 +68,15 @@ def digits(seed: int) -> Task:
     return Task(train, test, judge, features=True)
 
 
-def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
-    """Trains on CelebA (people with 3 images at least) and CFP without LFW's people; tests on LFW: View 2,
-    all pairs, BLUFR, identification against distractors. `dev_…` is measured on the CelebA people with
-    two images, whom neither training nor a test uses: settings are chosen by it."""
+def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str, people: str) -> Task:
+    """Trains on people who are not in LFW; tests on LFW: View 2, all pairs, BLUFR, identification against
+    distractors. `dev_…` is measured on people with two images, whom neither training nor a test uses: settings
+    are chosen by it. people: "all" of people.select, or "few", CelebA (people with 3 images at least) and CFP."""
     test = photographs.lfw(image_size)
-    train, dev, sizes = beside(test, photographs.cfp(image_size), image_size, remove, seed)
+    if people == "all":
+        train, dev, sizes = select("lfw", image_size)
+    else:
+        train, dev, sizes = _beside(test, photographs.cfp(image_size), image_size, remove, seed)
     return on_lfw(test, train, dev, sizes, fprs, photographs.folder("lfw"))
 
 
@@ -100,11 +104,15 @@ def on_lfw(
     return Task(train, test.joined(dev), judge, protocols.impostor_pairs(test.people), sizes)
 
 
-def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str) -> Task:
-    """Trains on CelebA and LFW (people with 3 images at least) without CFP's people; tests on CFP-FF and CFP-FP."""
-    test, other = photographs.cfp(image_size), photographs.lfw(image_size)
-    train, dev, sizes = beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
+def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str, people: str) -> Task:
+    """Trains on people who are not in CFP, as `lfw` does, with LFW's; tests on CFP-FF and CFP-FP."""
+    test = photographs.cfp(image_size)
     assert test.names is not None
+    if people == "all":
+        train, dev, sizes = select("cfp", image_size)
+    else:
+        other = photographs.lfw(image_size)
+        train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
     pairs = {kind: photographs.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
@@ -218,7 +226,7 @@ def load(config: TrainConfig) -> Task:
     return task
 
 
-def beside(
+def _beside(
     test: Pixels, other: Pixels, image_size: int, remove: str, seed: int
 ) -> tuple[Pixels, Pixels, dict[str, int]]:
     """(train, dev, sizes): CelebA and the people of `other` who are not tested; CelebA people with two images."""

@@ -1,0 +1,72 @@
+"""`python -m mvrepro runs`: train what a profile of params.yaml lists and no record holds yet."""
+
+import argparse
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from mvrepro import pipeline
+from mvrepro.errors import UserError
+from mvrepro.files import TEMPORARY, read_json
+from mvrepro.pipeline import Step
+
+SAFETY = 1.5  # other processors have other last bits than those tried
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "example:\n  python -m mvrepro runs faces --part 3/16\n"
+        "trains every sixteenth run, from the third on. Results are files, so machines that train other parts need\n"
+        "nothing else; `make reproduce` or `dvc commit` then tells DVC."
+    )
+    parser.add_argument("profile", help="a section of params.yaml with runs")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only run I, I + N, I + 2 N, … (from 1)")
+    parser.add_argument("--force", action="store_true", help="also those whose record is current")
+    parser.add_argument("--jobs", type=int, help="runs side by side (default: one a core, 4 at most)")
+    parser.add_argument(
+        "--tolerance",
+        type=int,
+        metavar="N",
+        help="instead, train N of the current runs again with two threads and any instruction set, keep nothing, and "
+        "print how far each metric moves with the last bits, as the line that params.yaml has for it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    steps = part(pipeline.runs(arguments.profile), arguments.part)
+    if arguments.tolerance:
+        return _tolerance(arguments.profile, steps, arguments.tolerance, arguments.jobs)
+    lacking = pipeline.lacking(steps)
+    todo = [step for step in steps if arguments.force or step.name in lacking]
+    for _ in pipeline.compute(todo, lambda step: False, jobs=arguments.jobs):
+        pass
+    print(f"{arguments.profile}: trained {len(todo)} of {len(steps)} runs; the others are current")
+    return 0
+
+
+def part(steps: list[Step], words: str) -> list[Step]:
+    """Every n-th of the steps for words such as "3/16"."""
+    first, _, count = words.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise UserError(f"--part must be I/N with 1 <= I <= N, such as 3/16, got {words!r}")
+    return steps[int(first) - 1 :: int(count)]
+
+
+def _tolerance(profile: str, steps: list[Step], count: int, jobs: int | None) -> int:
+    lacking = pipeline.lacking(steps)
+    known = [step for step in steps if step.name not in lacking]
+    if not known:
+        raise UserError(f"no run of {profile} is current: train them before, `python -m mvrepro runs {profile}`")
+    chosen = {step.name: read_json(step.writes[0]) for step in known[:: max(1, len(known) // count)][:count]}
+    moves: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as scratch:
+        again = [step for step in pipeline.runs(profile, Path(scratch), threads=2) if step.name in chosen]
+        for step in pipeline.compute(again, lambda step: False, jobs=jobs, capped=False):
+            old, new = chosen[step.name], read_json(step.writes[0])
+            for metric, value in old["metrics"].items():
+                moves[metric].append(abs(new["metrics"][metric] - value))
+            moves["first_loss"].append(abs(new["curve"]["loss"][0] / old["curve"]["loss"][0] - 1))
+    largest = ", ".join(f"{name}: {SAFETY * max(values):.2g}" for name, values in moves.items())
+    print(f"tolerance: {{{largest}}} # {SAFETY:g} times the largest move in {len(again)} runs")
+    return 0

@@ -1,0 +1,96 @@
+"""Further people to train on: aligned 112×112 crops in stored zips, in the folder `more` of MVREPRO_DATA.
+
+    more/NAME.zip     images/PERSON/….webp, and list.tsv with a line an image: image, person, …
+    more/overlap.tsv  set, person, tested_in, cosine: who is also in a test set, by name or to a published network
+
+How others get them, and under which terms, stands in paper/people.toml. Families In the Wild shows families with
+children: nothing of it is ever displayed.
+"""
+
+import csv
+import io
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvrepro.errors import UserError
+from mvrepro.images.photographs import SIDE
+from mvrepro.images.source import Pixels, decode
+from mvrepro.images.storage import kept_array
+
+ARCHIVES = {
+    "fiw": "Families In the Wild, Northeastern University: Kaggle, recognizing-faces-in-the-wild",
+    "pins": "Pins-105: Kaggle, pins-face-recognition",
+    "bolly": "Bollywood-100: Kaggle, bollywood-celeb-localized-face-dataset",
+    "afdb": "Asian celebrities of RMFRD, Wuhan University",
+    "casia5": "CASIA-FaceV5, Chinese Academy of Sciences",
+}
+
+
+def place(name: str) -> Path:
+    """A file of MVREPRO_DATA/more. Raises UserError that says where to get all that is missing there."""
+    folder = Path(os.environ.get("MVREPRO_DATA") or "MVREPRO_DATA is not set") / "more"
+    missing = [key for key in ARCHIVES if not (folder / f"{key}.zip").is_file()]
+    if missing or not (folder / name).is_file():
+        known = "; ".join(f"{key}.zip from {ARCHIVES[key]}" for key in missing) or name
+        raise UserError(f"{folder} lacks {known}; made as paper/people.toml says")
+    return folder / name
+
+
+def archive(name: str, size: int) -> Pixels:
+    """One of ARCHIVES, made smaller: size × size. People are called NAME:PERSON. Raises UserError for damaged files."""
+    from PIL import Image
+
+    path = place(f"{name}.zip")
+    try:
+        with zipfile.ZipFile(path) as file:
+            with file.open("list.tsv") as table:
+                rows = list(csv.DictReader(io.TextIOWrapper(table, encoding="utf-8-sig"), delimiter="\t"))
+
+            def build() -> NDArray[np.uint8]:
+                small = (
+                    Image.fromarray(face).resize((size, size), Image.Resampling.BOX) for face in _faces(file, rows)
+                )
+                return np.stack([np.asarray(face) for face in small]).transpose(0, 3, 1, 2)
+
+            pixels = np.array(kept_array(f"faces/{name}-{size}", [path], build), order="C")
+    except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a whole archive with list.tsv in it: {error}") from None
+    return Pixels.of_people(pixels, np.array([f"{name}:{row['person']}" for row in rows]))
+
+
+def _faces(file: zipfile.ZipFile, rows: list[dict[str, str]]) -> Iterator[NDArray[np.uint8]]:
+    for row in rows:
+        try:
+            yield decode(file.read(row["image"]), (SIDE, SIDE)).transpose(1, 2, 0)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{file.filename}, {row.get('image')}: can't be read as an image: {error}") from None
+
+
+def overlap(*tested: str) -> dict[str, set[str]]:
+    """Set -> its people who are also in one of these test sets ("lfw", "cfp"), as overlap.tsv calls them."""
+    found: dict[str, set[str]] = {}
+    for row in _table("overlap.tsv", "set", "person", "tested_in"):
+        if row["tested_in"] in tested:
+            found.setdefault(row["set"], set()).add(row["person"])
+    return found
+
+
+def duplicates() -> dict[str, str]:
+    """People of Families In the Wild who stand there under two numbers: one -> the other."""
+    return {
+        f"fiw:{row['person']}": f"fiw:{row['same_as']}" for row in _table("fiw_duplicates.tsv", "person", "same_as")
+    }
+
+
+def _table(name: str, *columns: str) -> Iterator[dict[str, str]]:
+    path = place(name)
+    with path.open(encoding="utf-8-sig", newline="") as table:
+        for number, row in enumerate(csv.DictReader(table, delimiter="\t"), 2):
+            if not all(row.get(column) for column in columns):
+                raise UserError(f"{path}, line {number}: expected {'<tab>'.join(columns)}, …")
+            yield row

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,12 @@ from torch.nn import functional as F
 from mvrepro.determinism import ENVIRONMENT
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, display, write_json
+from mvrepro.heads import sweep
 from mvrepro.heads.margin import MarginHead
 from mvrepro.heads.sweep import free_memory
 from mvrepro.provenance import provenance
 
+CHUNKS = (4, 16, 64, 256)  # MiB
 LOSS = "MV-AM-Softmax-a"
 SHAPES = [  # B, K, D of the committed file: growth with B at the shape of notebook 11's bars, and with K
     *((B, 86_876, 512) for B in (128, 64, 256, 512, 1024)),
@@ -89,6 +90,8 @@ def _head(**how: Any) -> Callable[[int, int], nn.Module]:
     return lambda D, K: MarginHead(LOSS, D, K, check=False, **how)
 
 
+DTYPES = ("float32", "bfloat16", "tf32")  # of x and W; tf32: float32 whose products on a GPU keep 10 bits
+
 CASES: dict[str, Callable[[int, int], nn.Module]] = {
     "fused, keep=none": _head(backend="fused", keep="none"),
     "fused, keep=float32": _head(backend="fused", keep="float32"),
@@ -130,13 +133,14 @@ class Step:
     ) -> None:
         torch.manual_seed(0)
         self.device = torch.device(device)
-        kind = getattr(torch, dtype)
+        kind = precision(dtype)
         self.head = CASES[case](D, K).to(self.device, kind)
         if weight is not None and self.head.weight.shape == weight.shape:  # one for all cases
             self.head.weight = nn.Parameter(weight)
         self.forward = torch.compile(self.head) if "compiled" in case else self.head
         self.x = torch.randn(B, D, device=self.device, dtype=kind, requires_grad=True)
-        self.y = torch.randint(0, K, (B,), device=self.device)
+        host = isinstance(self.head, MarginHead) and self.head.backend == "fused"  # which sorts them there
+        self.y = torch.randint(0, K, (B,), device="cpu" if host else self.device)
 
     def __call__(self) -> None:
         self.clear()
@@ -151,7 +155,7 @@ class Products:
     """The yardstick."""
 
     def __init__(self, B: int, K: int, D: int, device: str, dtype: str) -> None:
-        make = {"device": device, "dtype": getattr(torch, dtype)}
+        make = {"device": device, "dtype": precision(dtype)}
         self.u, self.W, self.G = (torch.randn(shape, **make) for shape in ((B, D), (K, D), (B, K)))
 
     def __call__(self) -> None:
@@ -159,13 +163,26 @@ class Products:
         _ = self.G @ self.W, self.G.T @ self.u
 
 
+def precision(dtype: str) -> torch.dtype:
+    """The torch dtype of one of DTYPES, after it was said how products are to be computed."""
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    return torch.float32 if dtype == "tf32" else getattr(torch, dtype)  # type: ignore[no-any-return]
+
+
 def seconds(step: Callable[[], None], device: str) -> float:
-    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
-    wait()
-    started = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - started
+    """Of one call; on a GPU from the start of its first kernel to the end of its last, by the device's clock."""
+    if not device.startswith("cuda"):
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def others(started: float, before: tuple[float, float]) -> float:
@@ -183,7 +200,8 @@ def busy_seconds() -> tuple[float, float]:
 
 
 def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
-    """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once.
+    """Medians over 3 to 25 rounds, as many as the budget (in seconds) allows; each round does every case once. `failed`
+    says of the others why they can't take a step.
 
     On a CPU, a round during which other processes took more than a tenth of a core doesn't count, as long as three that
     count come together within ten times the budget; `disturbed` says where they didn't and all rounds count.
@@ -191,10 +209,17 @@ def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype
     on_cpu = device.startswith("cpu")
     products = Products(*shape, device, dtype)
     steps: dict[str, Step] = {}
+    failed: dict[str, str] = {}
     for case in cases:
-        steps[case] = step = Step(case, *shape, device, dtype, weight=products.W)
-        step()  # compiles, and touches all memory
+        try:
+            step = Step(case, *shape, device, dtype, weight=products.W)
+            step()  # compiles, and touches all memory
+        except RuntimeError as error:
+            failed[case] = str(error).strip().splitlines()[0]
+            continue
         step.clear()
+        steps[case] = step
+    cases = list(steps)
     products()
     started = time.perf_counter()
     rounds: list[tuple[float, dict[str, float]]] = []  # cores that others took; seconds of each case
@@ -221,6 +246,7 @@ def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype
         "products_ms": 1e3 * statistics.median(took["products"] for took in counted),
         "rounds": len(counted),
         "disturbed": len(quiet) < 3,
+        "failed": failed,
         "cases": found,
     }
 
@@ -244,6 +270,25 @@ def memory(case: str, shape: tuple[int, int, int], device: str, dtype: str) -> d
         step()
         peak = _resident("VmHWM")
     return {"beyond_dw_mib": (peak - before - dW) / MIB, "in_all_mib": max(peak, everything) / MIB}
+
+
+def on_gpu(cases: list[str], shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
+    """Times and memory of a shape in one process, since a GPU tells how much of its memory tensors take."""
+    found = time_shape(cases, shape, device, dtype, budget)
+    for case in found["cases"]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        found["cases"][case] |= memory(case, shape, device, dtype)
+    return found
+
+
+def chunk_sizes(shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
+    """What the sweep takes, in bare products, by the MiB of a chunk's cosines."""
+    kind, case, found = torch.device(device).type, "fused, keep=none", {}
+    for mib in CHUNKS:
+        sweep.CHUNK_BYTES[kind] = mib * MIB
+        found[str(mib)] = time_shape([case], shape, device, dtype, budget / len(CHUNKS))["cases"][case]["ratio"]
+    return {"chunk_mib": found}
 
 
 def _resident(name: str) -> int:
@@ -280,7 +325,7 @@ def measure(
     Raises UserError, before anything is measured, for a shape of which not even the products fit.
     """
     found = []
-    itemsize = getattr(torch, dtype).itemsize
+    itemsize = precision(dtype).itemsize
     room = {shape: _room(shape, device, itemsize) for shape in shapes}
     for shape, free in room.items():
         B, K, D = shape
@@ -289,7 +334,7 @@ def measure(
         say(f"B {B}, K {K:,}, D {D}" + (f" (too little memory for {', '.join(skipped)})" if skipped else ""))
         entry: dict[str, Any] = {"B": B, "K": K, "D": D, "skipped": skipped}
         entry |= apart("time_shape", chosen, shape, device, dtype, budget, threads=threads)
-        for case in chosen if with_memory else ():
+        for case in entry["cases"] if with_memory else ():
             entry["cases"][case] |= apart("memory", case, shape, device, dtype, threads=threads)
         found.append(entry)
     return found
@@ -319,7 +364,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=512, metavar="D", help="dimensions of an embedding (default: 512)")
     parser.add_argument("--cases", nargs="+", help=f"only these (default: all): {'; '.join(CASES)}")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of x and W")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of x and W (default: float32)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--seconds", type=float, default=30, help="for the times of one shape, about (default: 30)")
     parser.add_argument("--no-memory", action="store_true", help="times only")
@@ -348,7 +393,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     out = (arguments.out or ROOT / "scratch" / "bench" / "head.json").absolute()
     record = {"kind": "measured", "loss": LOSS, "dtype": arguments.dtype, "left_out": absent, "shapes": measured}
-    write_json(out, _rounded(record) | {"provenance": provenance(started, arguments.device, arguments.threads)})
+    write_json(out, rounded(record) | {"provenance": provenance(started, arguments.device, arguments.threads)})
     for entry in measured:
         print(table(entry))
     print(f"wrote {display(out)}")
@@ -389,19 +434,20 @@ def table(entry: dict[str, Any]) -> str:
         if "beyond_dw_mib" in found:
             line += f"  {found['beyond_dw_mib']:9.1f}  {found['in_all_mib']:7.0f}"
         lines.append(line)
+    lines += [f"  {case:22}  {why}" for case, why in entry.get("failed", {}).items()]
     return "\n".join(lines)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits are more than a measurement of time holds."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
-    function = time_shape if sys.argv[1] == "time_shape" else memory
-    print(json.dumps(function(*json.loads(sys.argv[3]))))
+    functions = {f.__name__: f for f in (time_shape, memory, on_gpu, chunk_sizes)}
+    print(json.dumps(functions[sys.argv[1]](*json.loads(sys.argv[3]))))

@@ -1,8 +1,10 @@
 """What head, loss, data and loop cost on top of the backbone's bare forward and backward pass."""
 
 import argparse
+import math
 import statistics
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,25 +42,32 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(config: TrainConfig, ranks: Any, rounds: int) -> dict[str, Any]:
+def measure(config: TrainConfig, ranks: Any, rounds: int, budget: float = math.inf) -> dict[str, Any]:
     """Rounds of the whole loop and of the bare passes, one after the other in this process.
 
     loop  config's own step: data, forward, head, backward, clipping, SGD
     bare  forward and backward of the same backbone on one batch that lies on the device already: no head, no
           gradient exchanged between ranks, no step of SGD
     A round is long enough that batches read during the bare passes don't hide what reading costs. ratio: the median
-    of the rounds' bare time over loop time, with quartiles. Two rounds come first and don't count. other_cores: how
-    many the other processes of this machine kept busy, those that read images and other ranks among them.
+    of the rounds' bare time over loop time, with quartiles. Two rounds come first and don't count. After `budget`
+    seconds no further round begins, though one counts. other_cores: how many the other processes of this machine kept
+    busy, those that read images and other ranks among them.
     """
+    from mvrepro.training.loop import prepare
+
+    with closing(prepare(config, ranks)) as session:
+        return _measure(session, rounds, budget)
+
+
+def _measure(session: Any, rounds: int, budget: float) -> dict[str, Any]:
     import torch
 
     from benchmarks.head import busy_seconds, others, seconds
     from mvrepro.provenance import provenance
     from mvrepro.training.batches import Feed, normalised
-    from mvrepro.training.loop import prepare
 
     started = time.perf_counter()
-    session = prepare(config, ranks)
+    config, ranks = session.config, session.ranks
     network, order = session.network, session.order
     steps = max(1, 8 * config.workers)  # twice what the processes that read keep ready
     order.steps = (rounds + 2) * steps
@@ -84,6 +93,8 @@ def measure(config: TrainConfig, ranks: Any, rounds: int) -> dict[str, Any]:
 
     found: dict[str, list[float]] = {"loop": [], "bare": [], "waiting": [], "others": []}
     for number in range(rounds + 2):
+        if number > 2 and time.perf_counter() - started > budget:
+            break
         waited, began, before = feed.waited, time.perf_counter(), busy_seconds()
         loop = seconds(partial(whole, number * steps), ranks.device.type)
         alone = seconds(bare, ranks.device.type)
@@ -98,7 +109,7 @@ def measure(config: TrainConfig, ranks: Any, rounds: int) -> dict[str, Any]:
         "config": config.decisive(),
         "workers": config.workers,
         "sizes": {"classes": network.head.num_classes, "ranks": ranks.count, "steps_a_round": steps},
-        "rounds": rounds,
+        "rounds": len(found["loop"]),
         "loop_images_per_s": config.batch_size / statistics.median(found["loop"]),
         "bare_images_per_s": config.batch_size / statistics.median(found["bare"]),
         "ratio": ratio,

@@ -24,10 +24,14 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def make_deterministic(seed: int, threads: int) -> None:
-    """Seed every generator and let torch use deterministic algorithms only, without TF32."""
+    """Seed every generator and let torch use deterministic algorithms only, without TF32.
+
+    cuBLAS takes its setting at the first product of a process on a GPU: call this before it.
+    """
     import numpy as np
     import torch
 
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ENVIRONMENT["CUBLAS_WORKSPACE_CONFIG"])
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (for what draws from the global generator)
     torch.manual_seed(seed)

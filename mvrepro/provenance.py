@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -76,7 +77,9 @@ def _meaning(source: bytes) -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints, or None outside a repository."""
+    """What git prints, or None outside a repository and where there is no git."""
+    if not shutil.which("git"):
+        return None
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -92,19 +95,22 @@ def provenance(started: float, device: str, threads: int) -> dict[str, Any]:
     import torch
 
     on_gpu = device.startswith("cuda")
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     # ru_maxrss counts KiB on Linux, bytes on macOS.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": version("numpy")}
+    if on_gpu:
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     changed = git("status", "--porcelain", "--", *SOURCES)
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()})",
         "cpus": os.cpu_count(),
         "threads": threads,
         "flags": {name: os.environ.get(name) for name in ENVIRONMENT},
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": version("numpy")},
+        "versions": versions,
         "wall_s": round(time.perf_counter() - started, 2),
         "peak_resident_mib": round(resident / 2**20),
         "peak_gpu_mib": None if peak is None else round(peak / 2**20),

@@ -160,7 +160,7 @@ class ShardedHead(MarginHead):
         y = torch.where(y >= 0, torch.searchsorted(own, y), -1)
         own = own.to(self.weight.device, non_blocking=True)
         order = torch.rand(len(self.weight), device=own.device)
-        order[own] = -1.0  # behind all that are drawn
+        order.index_fill_(0, own, -1.0)  # behind all that are drawn
         count = max(len(own), int(self.sample_rate * len(self.weight)), min(2, len(self.weight)))
         self.sampled = classes = torch.cat([own, order.topk(count - len(own)).indices.sort().values])
         if self.sgd is None:

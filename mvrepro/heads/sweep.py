@@ -25,7 +25,10 @@ then good to about 1 %).
 """
 
 import functools
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -196,8 +199,13 @@ class _Plan:
         ordered, order = labels.sort(stable=True)
         bounds = torch.searchsorted(ordered, torch.tensor(self.edges)).tolist()
         self.bounds = [bound - bounds[0] for bound in bounds]
-        inside = slice(bounds[0], bounds[-1])  # the samples whose class is on this rank, and the class:
-        self.own, self.y = (part[inside].to(weight.device, non_blocking=True) for part in (order, ordered))
+        # the samples whose class is on this rank: which they are, their class, where that is in its chunk, and where
+        # the pair of both is in that chunk's cosines, one row after the other
+        own, y = (part[bounds[0] : bounds[-1]] for part in (order, ordered))
+        column = y % self.chunk
+        place = own * (len(weight) - (y - column)).clamp(max=self.chunk) + column
+        targets = torch.stack([own, y, column, place]).to(weight.device, non_blocking=True)
+        self.own, self.y, self.column, self.place = targets.unbind()
 
     def form(self, u: Tensor, lift: float = 0.0) -> Form:
         """What the body of a chunk needs: s, and jump, plus lift, and bend as far as the loss has them. Those are
@@ -205,14 +213,17 @@ class _Plan:
         pair = torch.tensor([self.jump + lift, self.bend], dtype=u.dtype).to(u.device, non_blocking=True)
         return self.rule.s, pair.unbind()[: {None: 0, "fixed": 1}.get(self.rule.h, 2)]
 
-    def chunks(self, u: Tensor) -> Iterator[tuple[slice, slice, Pair, list[Tensor]]]:
-        """Each chunk's classes, where in `own` and `y` its targets are, their (rows, columns) among its (B, n)
-        cosines, and four (B, n) buffers in memory that all chunks share."""
+    def chunks(self, u: Tensor) -> Iterator[tuple[slice, slice, list[Tensor]]]:
+        """Each chunk's classes, where in `own` and `y` its targets are, and four (B, n) buffers in memory that all
+        chunks share."""
         memory = u.new_empty(4, len(u) * self.chunk)
         for (start, stop), where in zip(pairwise(self.edges), pairwise(self.bounds), strict=True):
-            here = slice(*where)
             buffers = memory[:, : len(u) * (stop - start)].view(4, len(u), stop - start)
-            yield slice(start, stop), here, (self.own[here], self.y[here] - start), list(buffers)
+            yield slice(start, stop), slice(*where), list(buffers)
+
+    def leave_out(self, cos: Tensor, here: slice) -> None:
+        """The targets among the cosines of a chunk take no part any more. (`cos[i] = number` would wait for a GPU.)"""
+        cos.view(-1).index_fill_(0, self.place[here], NOWHERE)
 
 
 class _Sweep(torch.autograd.Function):
@@ -232,14 +243,14 @@ class _Sweep(torch.autograd.Function):
         total = torch.zeros_like(tau)  # Σ_{k≠y} e^{z − top}
         kept = []
         weigh, form = _on(u.device, _weigh), plan.form(u)
-        for classes, _, targets, (cos, *scratch) in plan.chunks(u):
+        for classes, here, (cos, *scratch) in plan.chunks(u):
             block = weight[classes].to(dtype)
             norm = torch.linalg.vector_norm(block, dim=1, out=inverse[classes]).reciprocal_()
             norm.masked_fill_(norm.isinf(), 0)
             torch.mm(u, block.T, out=cos).mul_(norm)
             if plan.keep != "none":
                 kept.append(cos.to(torch.float16 if plan.keep == "float16" else dtype, copy=True))
-            cos[targets] = NOWHERE
+            plan.leave_out(cos, here)
             top, total = weigh(form, plan.climbs, cos, tau, top, total, *scratch)
         highest = plan.reduce(top, "max")
         others = (highest + plan.reduce(total * (top - highest).exp(), "sum").log())[:, 0]
@@ -271,20 +282,20 @@ class _Sweep(torch.autograd.Function):
             spare = u.new_empty(plan.chunk, u.shape[1])
         share, form = _on(u.device, _share), plan.form(u, plan.log_a)
         with torch.autocast(u.device.type, enabled=False):
-            for i, (classes, here, targets, (cos, *scratch)) in enumerate(plan.chunks(u)):
+            for i, (classes, here, (cos, *scratch)) in enumerate(plan.chunks(u)):
                 block, norm = weight[classes].to(dtype), inverse[classes]
                 if kept:
                     cos.copy_(kept[i])
                 else:
                     torch.mm(u, block.T, out=cos).mul_(norm)
-                cos[targets] = NOWHERE
+                plan.leave_out(cos, here)
                 p, pc = share(form, cos, tau, others[:, None], norm, *scratch)
                 if du is not None:
                     du.addmm_(p, block)
                 if wants_weight:
                     out = dweight[classes] if spare is None else spare[: len(block)]
                     torch.mul(block, (-pc.T.mv(row) * norm)[:, None], out=out).addmm_(p.T, row_u)
-                    out.index_add_(0, targets[1], dw_y[here])
+                    out.index_add_(0, plan.column[here], dw_y[here])
                     if plan.update:
                         plan.update(classes, out)
                     elif spare is not None:
@@ -326,7 +337,15 @@ def _share(form: Form, cos: Tensor, tau: Tensor, others: Tensor, norm: Tensor, *
 
 
 def _on(device: torch.device, body: Callable[..., Any]) -> Callable[..., Any]:
-    return _compiled(body) if device.type in COMPILED else body
+    compiles = device.type in COMPILED and (device.type != "cuda" or _triton())
+    return _compiled(body) if compiles else body
+
+
+@functools.cache
+def _triton() -> bool:
+    """Whether kernels can be compiled for GPUs: by Triton, which needs a C compiler."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 _compiled = functools.cache(torch.compile)

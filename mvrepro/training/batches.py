@@ -76,7 +76,8 @@ class Order(Sampler[Part]):
 
 
 class Batch(NamedTuple):
-    """images (n, C, S, S) uint8 and labels (n,) int64 on the device; share: as in Part."""
+    """images (n, C, S, S) uint8 on the device; labels (n,) int64 on the CPU, where the head sorts them, so that nothing
+    waits for the device; share: as in Part."""
 
     images: Tensor
     labels: Tensor
@@ -96,10 +97,9 @@ class Feed:
         order.first = first
         self.ranks, self.limit, self.waited = ranks, config.bad_limit, 0.0
         self.bad: set[int] = set()
-        self.memory: tuple[Tensor, Tensor] | None = None
+        self.pixels: Tensor | None = None
         if isinstance(images, Pixels):
-            pixels, labels = (torch.from_numpy(x).to(ranks.device) for x in (images.pixels, images.labels))
-            self.memory = pixels, labels
+            self.pixels, self.labels = torch.from_numpy(images.pixels).to(ranks.device), images.labels
             self.batches: Iterator[Any] = iter(order)
             return
         loader = DataLoader(
@@ -128,10 +128,9 @@ class Feed:
         if isinstance(found, str):
             raise self.ranks.fault(found)
         device = self.ranks.device
-        if self.memory:
-            part, (pixels, labels) = found, self.memory
-            rows = torch.from_numpy(part.rows).to(device, non_blocking=True)
-            images, labels = pixels[rows], labels[rows]
+        if self.pixels is not None:
+            part, labels = found, torch.from_numpy(self.labels[found.rows])
+            images = self.pixels[torch.from_numpy(part.rows).to(device, non_blocking=True)]
         else:
             part, images, labels, bad = found
             self.bad.update(bad)
@@ -140,7 +139,7 @@ class Feed:
                     f"{len(self.bad)} images don't decode, more than the limit of {self.limit}: --bad-limit raises it; "
                     "`python -m mvrepro data inspect --decode` names them"
                 )
-            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            images = images.to(device, non_blocking=True)
         mirrored = torch.from_numpy(part.mirrored).to(device, non_blocking=True)[:, None, None, None]
         return Batch(torch.where(mirrored, images.flip(-1), images), labels, part.share)
 

@@ -82,6 +82,7 @@ class TrainConfig:
     update_in_backward: bool = setting("the head's gradient never exists as a whole: less memory, no clipping", False)
     # the machine
     bfloat16: bool = setting("autocast the backbone to bfloat16; the head stays in float32", False)
+    tf32: bool = setting("on a GPU, float32 products and convolutions keep 10 bits of their factors: faster", False)
     channels_last: bool = setting("memory format of images and convolutions", True)
     compile: bool = setting("torch.compile the backbone", False)
     sync_bn: bool = setting("batch norms see the batch of all ranks", False)

@@ -3,7 +3,8 @@
 import hashlib
 import shutil
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,7 @@ def train(
         raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
     for place in filter(None, (out, work, save)):
         check_writable(place)
-    with joined(config) as ranks:
-        session = prepare(config, ranks)
+    with joined(config) as ranks, closing(prepare(config, ranks)) as session:
         network, order = session.network, session.order
         snapshots = Snapshots(work / "snapshots", session.about(), CODE, config.keep_snapshots, ranks) if work else None
         if begin:
@@ -110,6 +110,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
     else:
         torch.set_num_threads(config.threads)
         torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     with ranks.together():
         task = tasks.load(config)
         order = Order(config, len(task.train), ranks.rank, ranks.count)
@@ -128,6 +129,11 @@ class Session:
     order: Order
     network: Network
     test: Test
+    bad: set[int] = field(default_factory=set)  # numbers of the images that were passed over
+
+    def close(self) -> None:
+        """Before the process group goes."""
+        self.network.release()
 
     def about(self) -> dict[str, Any]:
         """What a run that goes on from a snapshot must share with it; the place of a set is not among it."""
@@ -142,7 +148,7 @@ class Session:
         return about | settings | {"device": self.ranks.device.type}
 
     def sizes(self) -> dict[str, int]:
-        bad = self.ranks.gather(getattr(self.task.train, "bad", set()))
+        bad = self.ranks.gather(self.bad)
         return {
             "train_images": len(self.task.train),
             "train_classes": self.network.head.num_classes,
@@ -160,6 +166,7 @@ class Session:
         """Take the steps from `first` on, tests and snapshots in between; keep_last: a snapshot at the end, too."""
         config, network, order, ranks = self.config, self.network, self.order, self.ranks
         feed = Feed(config, self.task.train, order, ranks, first)
+        self.bad = feed.bad
         course, pace = Course(config, order, **progress), Pace(config, feed)
         bar = tqdm(
             total=order.steps, initial=first, desc=config.run_name(), unit="step", leave=False,

@@ -93,6 +93,11 @@ class Network:
         for state in drawn[1:]:
             torch.cuda.set_rng_state(state, self.ranks.device)
 
+    def release(self) -> None:
+        """Let go of the process group; no step can follow. Where DDP is the last to hold a group, torch waits for its
+        threads with Python's lock held, and one that needs the lock to free the last exchange waits, too."""
+        self.ddp, self.forward = None, self.backbone
+
     def half(self) -> torch.autocast:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.bfloat16)
 

@@ -15,6 +15,10 @@ from mvrepro.heads.sharded import is_lost_contact, lost_contact
 from mvrepro.training.config import TrainConfig
 
 ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun sets them, and what a lone process is
+FULL = (
+    "the device's memory is full: try a smaller --batch-size, --accumulate, --bfloat16, --sample-rate or "
+    "--update-in-backward, or more ranks; --resume goes on from the last snapshot"
+)
 
 
 class OwnFault(UserError):
@@ -23,14 +27,12 @@ class OwnFault(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `count`. grouped: there is a process group; objects: the one for what isn't a tensor of the
-    device."""
+    """This process among `count`. grouped: there is a process group, which serves CPUs, too."""
 
     rank: int
     count: int
     device: torch.device
     grouped: bool = False
-    objects: dist.ProcessGroup | None = None
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -40,7 +42,7 @@ class Ranks:
         """The values of all ranks, on all ranks."""
         values = [value] * self.count
         if self.count > 1:
-            dist.all_gather_object(values, value, group=self.objects)
+            dist.all_gather_object(values, value)
         return values
 
     @contextmanager
@@ -112,17 +114,16 @@ def _start(config: TrainConfig) -> Ranks:
     if not together and config.sample_rate == 1:
         return Ranks(0, 1, device)
     timeout = timedelta(minutes=config.timeout)
-    backend = "nccl" if cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
         if together:
             dist.init_process_group(backend, timeout=timeout)
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
-        objects = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     except (RuntimeError, ValueError) as error:
         raise OwnFault(f"rank {rank} of {count} could not join the others: {str(error).splitlines()[0]}") from None
-    return Ranks(rank, count, device, True, objects)
+    return Ranks(rank, count, device, True)
 
 
 def _number(name: str, default: int) -> int:
@@ -139,13 +140,12 @@ def _explained(ranks: Ranks) -> Iterator[None]:
         yield
     except ConnectionError as error:  # ShardedHead's word
         raise UserError(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise ranks.fault(
-            "the device's memory is full: try a smaller --batch-size, --accumulate, --bfloat16, --sample-rate or "
-            "--update-in-backward, or more ranks; --resume goes on from the last snapshot"
-        ) from None
+    except MemoryError:
+        raise ranks.fault(FULL) from None
     except RuntimeError as error:
         text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+            raise ranks.fault(FULL) from None
         if is_lost_contact(error):
             reason = text.splitlines()[0].split(". ")[0]
             raise UserError(lost_contact(ranks.rank, ranks.count, reason)) from None

@@ -73,13 +73,20 @@ def lfw(seed: int, image_size: int, fprs: tuple[float, ...], remove: str, people
     distractors. `dev_…` is measured on people with two images, whom neither training nor a test uses: settings
     are chosen by it. people: "all" of people.select, or "few", CelebA (people with 3 images at least) and CFP."""
     test = photographs.lfw(image_size)
-    assert test.names is not None
     if people == "all":
         train, dev, sizes = select("lfw", image_size)
     else:
         train, dev, sizes = _beside(test, photographs.cfp(image_size), image_size, remove, seed)
-    pairs = photographs.lfw_pairs(photographs.folder("lfw") / "pairs.txt", test.names)
-    trials = protocols.blufr_trials(test.names.tolist(), photographs.folder("lfw") / "blufr")
+    return on_lfw(test, train, dev, sizes, fprs, photographs.folder("lfw"))
+
+
+def on_lfw(
+    test: Pixels, train: Pixels, dev: Pixels, sizes: dict[str, int], fprs: tuple[float, ...], lists: Path
+) -> Task:
+    """The task `lfw` with these images; lists: the folder of LFW's pairs.txt and blufr/."""
+    assert test.names is not None
+    pairs = photographs.lfw_pairs(lists / "pairs.txt", test.names)
+    trials = protocols.blufr_trials(test.names.tolist(), lists / "blufr")
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
         ours, theirs = embeddings[: len(test)], embeddings[len(test) :]

@@ -37,7 +37,7 @@ class TrainConfig:
     backbone: str = setting("name of the network, of those in mvrepro/networks.py")
     embedding_dim: int = setting("dimensions of an embedding", within=(1, 65536))
     epochs: int = setting("passes over the training set", within=COUNT)
-    batch_size: int = setting("images a step, on all ranks and in all accumulated parts together", within=(2, 2**24))
+    batch_size: int = setting("images a step, on all ranks and in all accumulated parts together", within=(2, 2**31))
     lr: float = setting("learning rate after the warm-up", within=(0, 1e38))
     milestones: tuple[int, ...] = setting("schedule step: epochs after which lr is divided by 10", within=(1, 2**31))
 

@@ -34,6 +34,7 @@ GUIDES = {  # pages of docs/ -> what the navigation calls them
     "data": "photographs and formats",
     "head": "the head in your own code",
     "scale": "training at scale",
+    "conventions": "conventions of others",
 }
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)\)")  # to a file, not to an address
 

@@ -97,23 +97,25 @@ def test_a_network_finds_whom_names_miss_and_says_how_sure_it_is(
         (tmp_path / name / "ids.txt").write_text("".join(f"{who}\n" * len(x) for who, x in rows.items()))
         return tmp_path / name
 
-    ours = embedded("ours", {"Bo": [axes[0], axes[5]], "george  BUSH": [axes[1]], "Ann_Lee": [axes[2]]})
+    ours = embedded(
+        "ours", {"Bo": [axes[0], 9 * axes[0]], "george  BUSH": [10 * axes[1] + axes[4]], "Ann_Lee": [axes[2]]}
+    )
     theirs = embedded(
         "theirs",
-        {"Cy": [axes[2] + 2 * axes[3]], "Robert": [axes[6], 4 * axes[0] + 3 * axes[3]], "George_W_Bush": [axes[4]]},
+        {"Cy": [axes[2] + 2 * axes[3]], "Robert": [4 * axes[0] + 3 * axes[3]], "George_W_Bush": [axes[4]]},
     )
     given = ("overlap", people, theirs, "--embeddings", ours, theirs)
     printed = call(capsys, *given, "--out", tmp_path / "both.txt")
     assert "1 of the 3 names" in printed
-    assert "the network finds 1 from 0.45 on, 0 of them by name, too; 2 are found by either" in printed
-    lines = {line.split()[0]: line.split()[1:5] for line in printed.splitlines() if line.startswith("       0.")}
+    assert "the network finds 1 from 0.5 on, 0 of them by name, too; 2 are found by either" in printed
+    lines = {line.split()[0]: line.split()[1:6] for line in printed.splitlines() if line.startswith("  0.")}
     # Ann is as near as 1/√5 = 0.447 to Cy, Bo as 0.8 to Robert; Cy and Robert are strangers with 2/√5 · 0.6 = 0.537
-    assert lines["0.40"] == ["1", "2", "2.0", "0"] and lines["0.80"] == ["1", "1", "0.0", "0"]
-    assert lines["0.50"] == ["0", "1", "2.0", "0"] and lines["0.55"] == ["0", "1", "0.0", "0"]
+    assert lines["0.40"] == ["1", "2", "2", "0", "0"] and lines["0.80"] == ["1", "1", "0", "0", "0"]
+    assert lines["0.50"] == ["0", "1", "2", "0", "0"] and lines["0.55"] == ["0", "1", "0", "0", "0"]
     assert (tmp_path / "both.txt").read_text() == "Bo\ngeorge  BUSH\n"
     assert (tmp_path / "both.txt.tsv").read_text().splitlines() == [
         "person\tcosine\twith\tby_name", "Bo\t0.8000\tRobert\tFalse", "Ann_Lee\t0.4472\tCy\tFalse",
-        "george  BUSH\t0.0000\tCy\tTrue",
+        "george  BUSH\t0.0995\tGeorge_W_Bush\tTrue",
     ]  # fmt: skip
     for by, threshold, found in (("network", "0.4", ["Ann_Lee", "Bo"]), ("name", "0.4", ["george  BUSH"])):
         printed = call(capsys, *given, "--by", by, "--threshold", threshold)

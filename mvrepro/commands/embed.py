@@ -60,13 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     source = _source(arguments.images, size)
     names = _names(source)
     about = {"network": _sha256(path), "images": arguments.images, "names": hashlib.sha256(names).hexdigest()}
-    if _is_complete(out, about | {"size": size, "colour": colour, "normalise": [mean, std], "mirror": mirror}):
+    about |= {"size": size, "colour": colour, "normalise": [mean, std], "mirror": mirror}
+    if _is_complete(out, about):
         print(f"{out} has them all already")
         return 0
-    write_atomic(out / "names.txt", names)
-    if source.labels[0] >= 0:
-        people = source.classes or list(map(str, range(int(source.labels.max()) + 1)))
-        write_atomic(out / "ids.txt", _lines(people[label] for label in source.labels))
     batch = network.batch or arguments.batch
 
     def embed(first: int) -> NDArray[np.float32]:
@@ -83,7 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"{path}: among the embeddings of images {first} … {rows[-1]} are some that are no numbers")
         return np.asarray(y.reshape(len(x), -1)[: len(rows)], "<f4")
 
-    _write(out, len(source), batch, embed)
+    first = embed(0)  # before anything is written: it may not fit
+    write_json(out / "about.json", about)
+    write_atomic(out / "names.txt", names)
+    if source.labels[0] >= 0:
+        people = source.classes or list(map(str, range(int(source.labels.max()) + 1)))
+        write_atomic(out / "ids.txt", _lines(people[label] for label in source.labels))
+    _write(out, len(source), batch, first, embed)
     print(f"wrote {len(source):,} embeddings to {out}")
     return 0
 
@@ -99,7 +102,7 @@ def _network(path: Path, threads: int) -> Any:
         raise UserError(f"{path}: no such file or folder")
     if path.suffix == ".onnx":
         return interchange.load_onnx(path, threads)
-    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     if not path.is_dir():
         return interchange.embedder(*interchange.read_backbone(path))
     built, settings, state = checkpoint.read_backbone(path)
@@ -160,14 +163,15 @@ def _is_complete(out: Path, about: dict[str, Any]) -> bool:
             raise UserError(f"{out} holds other embeddings: {other[0]}; remove it or choose another place")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and holds no embeddings: choose another place")
-    write_json(known, about)
     return (out / "embeddings.npy").exists()
 
 
-def _write(out: Path, count: int, batch: int, embed: Callable[[int], NDArray[np.float32]]) -> None:
+def _write(
+    out: Path, count: int, batch: int, first: NDArray[np.float32], embed: Callable[[int], NDArray[np.float32]]
+) -> None:
     """embeddings.npy (count, D), of which embed gives `batch` rows from one on. The size of the part that is there says
     how far it is; whole batches stay, so that a call that goes on gives the bits of an unbroken one."""
-    part, first, header = out / f"{TEMPORARY}embeddings.npy", embed(0), io.BytesIO()
+    part, header = out / f"{TEMPORARY}embeddings.npy", io.BytesIO()
     row = first.shape[1] * first.itemsize
     shape = {"descr": "<f4", "fortran_order": False, "shape": (count, first.shape[1])}
     np.lib.format.write_array_header_1_0(header, shape)

@@ -177,25 +177,35 @@ def trillion_pairs(
 
 
 def nearest_people(
-    x: ArrayLike, ids: ArrayLike, y: ArrayLike, others: ArrayLike, *, apart: bool = False, chunk: int = 1024
+    x: ArrayLike, ids: ArrayLike, y: ArrayLike, others: ArrayLike, *, chunk: int = 1024
 ) -> tuple[NDArray[Any], NDArray[Any], Scores]:
-    """Whom of `others` each person of `ids` looks like most: (people (P,) in order, whom (P,), cosine (P,)).
+    """Which two of `others` each person of `ids` looks like most: people (P,) in order, whom (P, 2), cosines (P, 2).
 
-    x (N, D) with ids (N,), y (M, D) with others (M,). Two people are as alike as the two most alike of their images.
-    apart: never the same id, for the likeness of people who are known to be strangers. ValueError as identify.
+    x (N, D) with ids (N,), y (M, D) with others (M,), two of them at least. A person is the mean direction of the
+    person's images, which a few bad ones turn little; the best of single images would grow with their number.
+    ValueError as identify.
     """
-    (u, who), (v, whose) = rows_and_ids(x, ids), rows_and_ids(y, others)
-    _check(u, v, "y")
+    (people, mine), (whose, theirs) = _directions(x, ids), _directions(y, others)
+    _check(mine, theirs, "y")
     positive_chunk(chunk)
-    best, where = np.empty(len(u), np.float32), np.empty(len(u), np.intp)
-    for a in range(0, len(u), chunk):
-        block = (u[a : a + chunk] @ v.T).astype(np.float32)
-        if apart:
-            block[who[a : a + chunk, None] == whose] = -np.inf
-        where[a : a + chunk], best[a : a + chunk] = block.argmax(axis=1), block.max(axis=1)
-    order = np.lexsort((-best, np.unique(who, return_inverse=True)[1]))
-    people, first = np.unique(who[order], return_index=True)
-    return people, whose[where[order[first]]], best[order[first]]
+    if len(whose) < 2:
+        raise ValueError(f"others must be two people at least, got {len(whose)}")
+    where, cosines = np.empty((len(mine), 2), np.intp), np.empty((len(mine), 2), np.float32)
+    for a in range(0, len(mine), chunk):
+        block = (mine[a : a + chunk] @ theirs.T).astype(np.float32)
+        two = np.argpartition(block, -2, axis=1)[:, -2:]
+        order = np.argsort(-np.take_along_axis(block, two, axis=1), axis=1)
+        where[a : a + chunk] = np.take_along_axis(two, order, axis=1)
+        cosines[a : a + chunk] = np.take_along_axis(block, where[a : a + chunk], axis=1)
+    return people, whose[where], cosines
+
+
+def _directions(x: ArrayLike, ids: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    rows, who = rows_and_ids(x, ids)
+    people, codes = np.unique(who, return_inverse=True)
+    sums = np.zeros((len(people), rows.shape[1]))
+    np.add.at(sums, codes, rows)
+    return people, unit(sums, "the mean of each person's images")
 
 
 # One pass over the distractors

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mvrepro.errors import UserError
+from mvrepro.files import ROOT, read_toml
 from mvrepro.images import Pixels, archives, photographs, storage
 from mvrepro.training import people
 
@@ -138,3 +139,15 @@ def test_the_real_selection(tested: str, classes: int, images: int) -> None:
     test = getattr(photographs, tested)(4)
     assert not {photographs.same_name(str(p)) for p in test.people} & set(train.people)
     assert sizes["celeba_removed_people"] == {"lfw": 175, "cfp": 112}[tested]
+
+
+@pytest.mark.skipif(not REAL, reason="MVREPRO_DATA is not set: the real sets are not counted")
+def test_the_table_of_the_sets_is_what_is_selected() -> None:
+    """paper/people.toml, for LFW's tests."""
+    _, _, sizes = people.select("lfw", 4)
+    rows = read_toml(ROOT / "paper" / "people.toml")["set"]
+    assert {row["name"] for row in rows} == {"celeba", "cfp", *archives.ARCHIVES}
+    assert {
+        f"{row['name']}_{what}": row[what] for row in rows for what in ("people", "images", "removed_people")
+    } == sizes
+    assert all(row["get"] and row["terms"] and row["title"] and row["owner"] for row in rows)

@@ -50,7 +50,7 @@ def small_world(seed: int, trials: int = 3) -> tuple[np.ndarray, list[str], dict
 
 
 def plain_rates(scores, test: list[str], gallery: list[str], probe: list[str], fars: tuple[float, float]):
-    """VR and DIR with lists and loops. scores(a, b): the similarity of two images."""
+    """VR and strict DIR with lists and loops. scores(a, b): the similarity of two images."""
     genuine, impostor = [], []
     for a, b in combinations(test, 2):
         (genuine if person(a) == person(b) else impostor).append(scores(a, b))
@@ -65,6 +65,20 @@ def plain_rates(scores, test: list[str], gallery: list[str], probe: list[str], f
             best, second = sorted(((scores(p, g), g) for g in gallery), reverse=True)[:2]
             found.append(person(best[1]) == person(p) and best[0] > max(second[0], refused))
     return vr, sum(found) / len(found)
+
+
+def authors_dir(scores, gallery: list[str], probe: list[str], far: float) -> float:
+    """DIR at rank 1 as OpenSetROC.m of BLUFR's authors defines it, with lists and loops."""
+    known = {person(name) for name in gallery}
+    strangers = sorted((max(scores(p, g) for g in gallery) for p in probe if person(p) not in known), reverse=True)
+    alarms = math.floor(far * len(strangers) + 0.5)
+    found = []
+    for p in probe:
+        if person(p) in known:
+            ranked = sorted(gallery, key=lambda g: scores(p, g), reverse=True)  # equal ones stay in their order
+            accepted = alarms == len(strangers) or scores(p, ranked[0]) >= strangers[alarms - 1]
+            found.append(person(ranked[0]) == person(p) and accepted)
+    return sum(found) / len(found)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -82,14 +96,49 @@ def test_rates_are_those_of_the_plain_computation(tmp_path: Path, seed: int, tie
         far_verification=fars[0],
         far_identification=fars[1],
     )
-    expected = [
-        plain_rates(lambda a, b: np.float32(table[a] @ table[b]), *trial, fars)
-        for trial in zip(lists["test"], lists["gallery"], lists["probe"], strict=True)
-    ]
+    scores = lambda a, b: np.float32(table[a] @ table[b])
+    each = list(zip(lists["test"], lists["gallery"], lists["probe"], strict=True))
+    expected = [plain_rates(scores, *trial, fars) for trial in each]
     np.testing.assert_allclose(found.vr, [vr for vr, _ in expected], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(found.dir, [rate for _, rate in expected], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.strict_dir, [rate for _, rate in expected], rtol=0, atol=1e-12)
+    theirs = [authors_dir(scores, *trial[1:], fars[1]) for trial in each]
+    np.testing.assert_allclose(found.dir, theirs, rtol=0, atol=1e-12)
     assert found.vr_summary == pytest.approx(np.mean(found.vr) - np.std(found.vr, ddof=1))
     assert found.dir_summary == pytest.approx(np.mean(found.dir) - np.std(found.dir, ddof=1))
+    assert found.strict_dir_summary == pytest.approx(np.mean(found.strict_dir) - np.std(found.strict_dir, ddof=1))
+    everybody = blufr(embeddings, blufr_trials(names, tmp_path), far_verification=1, far_identification=1)
+    assert everybody.dir.tolist() == [authors_dir(scores, *trial[1:], 1) for trial in each]
+
+
+def open_set_example(folder: Path, strangers: list[float], mates: list[float]) -> tuple[np.ndarray, list[str]]:
+    """One person in the gallery, whose probes score `mates`; each stranger has one image."""
+    scores = np.array([*mates, *strangers])
+    side = np.sqrt(1 - scores**2)
+    rows = np.zeros((1 + len(scores), 3))
+    rows[0, 0], rows[1:, 0], rows[1 : 1 + len(mates), 1] = 1, scores, side[: len(mates)]
+    rows[1 + len(mates) :, 2] = side[len(mates) :]
+    names = [f"Ann_{i:04d}" for i in range(1 + len(mates))] + [f"S{i}_0001" for i in range(len(strangers))]
+    write_lists(folder, test=[names], gallery=[names[:1]], probe=[names[1:]])
+    return rows, names
+
+
+@pytest.mark.parametrize(
+    ("strangers", "mates", "theirs", "strict"),
+    [
+        ([0.9, 0.8, *[0.6] * 198], [0.7] * 20, 0, 1),  # the second false alarm is let in, and so is what equals it
+        ([0.9, 0.7, *[0.6] * 198], [0.7] * 20, 1, 1),
+        ([0.9, 0.8, *[0.6] * 248], [0.7] * 20, 1, 1),  # 2.5 false alarms are 3
+        ([0.9, 0.8, *[0.6] * 247], [0.7] * 20, 0, 1),  # 2.49 are 2
+        ([0.9, 0.8, 0.8, *[0.6] * 197], [0.8] * 10 + [0.85] * 10, 1, 0.5),
+        ([0.9, *[0.6] * 149], [0.7] * 20, 1, 1),  # 1.5 are 2
+    ],
+)
+def test_dir_lets_as_many_false_alarms_in_as_the_authors_do(
+    tmp_path: Path, strangers: list[float], mates: list[float], theirs: float, strict: float
+) -> None:
+    embeddings, names = open_set_example(tmp_path, strangers, mates)
+    found = blufr(embeddings, blufr_trials(names, tmp_path))
+    assert (found.dir.tolist(), found.strict_dir.tolist()) == ([theirs], [strict])
 
 
 def test_neither_the_order_of_the_images_nor_their_suffix_matters(tmp_path: Path) -> None:
@@ -108,7 +157,13 @@ def test_all_alike_is_all_refused_and_all_apart_is_all_found(tmp_path: Path) -> 
     fars = {"far_verification": 0.05, "far_identification": 0.25}
     assert blufr(np.eye(30)[people], blufr_trials(names, tmp_path), **fars).dir_summary == 1
     same = blufr(np.ones_like(embeddings), blufr_trials(names, tmp_path), **fars)
-    assert same.vr.tolist() == same.dir.tolist() == [0, 0, 0]
+    assert same.vr.tolist() == same.strict_dir.tolist() == [0, 0, 0]
+    first = [lists["gallery"][k][0] for k in range(3)]  # of equal scores, the first image of the gallery is found
+    shares = []
+    for name, gallery, probes in zip(first, lists["gallery"], lists["probe"], strict=True):
+        known = [p for p in probes if person(p) in map(person, gallery)]
+        shares.append(sum(person(p) == person(name) for p in known) / len(known))
+    assert same.dir.tolist() == pytest.approx(shares)
 
 
 def edit(line: int, text: str | None):
@@ -259,7 +314,8 @@ def test_a_real_trial_is_that_of_a_plain_computation(real, tmp_path: Path) -> No
     scores = np.float32(x[probe] @ x[gallery].T)
     known = np.isin(codes[probe], codes[gallery])
     strangers = np.sort(scores[~known].max(axis=1))[::-1]
-    refused = strangers[len(strangers) // 100]
+    refused, last = strangers[len(strangers) // 100], strangers[math.floor(len(strangers) / 100 + 0.5) - 1]
     right = codes[gallery][scores[known].argmax(axis=1)] == codes[probe][known]
-    assert found.dir[trial] == pytest.approx(np.mean(right & (scores[known].max(axis=1) > refused)), abs=1e-3)
+    assert found.strict_dir[trial] == pytest.approx(np.mean(right & (scores[known].max(axis=1) > refused)), abs=1e-3)
+    assert found.dir[trial] == pytest.approx(np.mean(right & (scores[known].max(axis=1) >= last)), abs=1e-3)
     assert 0.2 < found.dir[trial] < 0.98, "a figure at the edge would show nothing"

@@ -18,10 +18,15 @@ Entry = tuple[str, str]  # an image's name, and where the list names it
 
 @dataclass(frozen=True)
 class Blufr:
-    """vr, dir (T,) float64: each trial's verification rate, and its detection and identification rate at rank 1."""
+    """vr, dir (T,) float64: each trial's verification rate, and its detection and identification rate at rank 1.
+
+    strict_dir (T,): dir by the rule of tpr_at_fpr, which vr follows: at most floor(FAR · strangers) of them are
+    accepted, at a threshold just above the first that is refused, and a tie in rank fails.
+    """
 
     vr: NDArray[np.float64]
     dir: NDArray[np.float64]
+    strict_dir: NDArray[np.float64]
 
     @property
     def vr_summary(self) -> float:
@@ -32,6 +37,11 @@ class Blufr:
     def dir_summary(self) -> float:
         """As vr_summary."""
         return _fused(self.dir)
+
+    @property
+    def strict_dir_summary(self) -> float:
+        """As vr_summary."""
+        return _fused(self.strict_dir)
 
 
 def _fused(rates: NDArray[np.float64]) -> float:
@@ -81,21 +91,22 @@ def blufr(
 
     embeddings (N, D), in the order of the names that blufr_trials got. Per trial,
     - vr: the share of genuine pairs accepted, over all pairs of the test set, where at most
-      floor(FAR · impostor pairs) impostor pairs are;
+      floor(FAR · impostor pairs) impostor pairs are; ties at the threshold are refused, as in tpr_at_fpr;
     - dir: the gallery has one image a person. Of the probes of people in it, the share whose own person's
-      score is the highest of all (a tie fails) and is accepted, at the threshold where at most
-      floor(FAR · such probes) of the probes of other people have a gallery score that is accepted.
-    Ties at either threshold are refused, as in tpr_at_fpr. Raises ValueError for wrong arrays and for a FAR
-    too small for its trial.
+      score is the highest of all and is accepted, score >= threshold. It is computed as the authors' OpenSetROC.m
+      does: of the strangers' best scores in the gallery the threshold is the round(FAR · strangers)-th, which is
+      accepted itself, and of equal scores the image that stands first in the gallery has the better rank.
+    The two rules differ by a few of millions of pairs, and by up to a point of dir: see Blufr.strict_dir.
+    Raises ValueError for wrong arrays and for a FAR too small for its trial.
     """
     x, people = unit(embeddings), trials.people
     if len(people) != len(x):
         raise ValueError(f"embeddings must be (N, D) and the names (N,), got {x.shape} and ({len(people)},)")
     rates = [
-        (_vr(x[test], people[test], far_verification), _dir(x, people, gallery, probe, far_identification))
+        (_vr(x[test], people[test], far_verification), *_dir(x, people, gallery, probe, far_identification))
         for test, gallery, probe in trials.trials
     ]
-    return Blufr(np.array([vr for vr, _ in rates]), np.array([dir_ for _, dir_ in rates]))
+    return Blufr(*np.array(rates).reshape(-1, 3).T)
 
 
 def _vr(x: NDArray[np.float64], codes: NDArray[np.intp], far: float) -> float:
@@ -108,14 +119,20 @@ def _vr(x: NDArray[np.float64], codes: NDArray[np.intp], far: float) -> float:
 
 def _dir(
     x: NDArray[np.float64], codes: NDArray[np.intp], gallery: NDArray[np.intp], probe: NDArray[np.intp], far: float
-) -> float:
+) -> tuple[float, float]:
+    """dir and strict_dir."""
     scores = (x[probe] @ x[gallery].T).astype(np.float32)
     own = codes[probe][:, None] == codes[gallery]
     known = own.any(axis=1)
     mate = scores[own]  # one per known probe, in their order
     others = np.where(own, -np.inf, scores).max(axis=1)
-    (point,) = tpr_at_fpr(mate, others[~known], [far])
-    return float(np.mean((mate > others[known]) & (mate >= np.float64(point.threshold))))  # see Operating
+    strangers = np.sort(others[~known])[::-1]
+    (point,) = tpr_at_fpr(mate, strangers, [far])
+    strict = (mate > others[known]) & (mate >= np.float64(point.threshold))  # see Operating
+    count = int(np.floor(far * len(strangers) + 0.5))  # MATLAB rounds halves up
+    accepted = mate >= strangers[count - 1] if count < len(strangers) else np.ones(len(mate), bool)
+    first = scores[known].argmax(axis=1) == own[known].argmax(axis=1)
+    return float(np.mean(first & accepted)), float(np.mean(strict))
 
 
 # Names and lists

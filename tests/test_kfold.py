@@ -110,6 +110,34 @@ def test_scores_that_are_neighbours_have_no_midpoint() -> None:
     assert found.thresholds.tolist() == [high, high]
 
 
+@often
+@given(pairs)
+def test_the_convention_of_insightface_is_its_loop_over_a_grid(rows: list[tuple[float, bool, int]]) -> None:
+    assume(usable(rows))
+    found = kfold_accuracy(*zip(*rows, strict=True), convention="insightface")
+    accuracies = []
+    for out in sorted({fold for *_, fold in rows}):
+        best, limit = -1.0, math.nan
+        for threshold in np.arange(0, 4, 0.01):
+            others = [(2 - 2 * score < threshold) == same for score, same, fold in rows if fold != out]
+            if np.mean(others) > best:
+                best, limit = float(np.mean(others)), threshold
+        accuracies.append(np.mean([(2 - 2 * score < limit) == same for score, same, fold in rows if fold == out]))
+    np.testing.assert_allclose(found.accuracies, accuracies, rtol=0, atol=1e-12)
+    assert (found.mean, found.std) == (pytest.approx(np.mean(accuracies)), pytest.approx(np.std(accuracies)))
+    assert found.standard_error == pytest.approx(np.std(accuracies, ddof=1) / math.sqrt(len(accuracies)))
+
+
+def test_the_two_conventions_choose_from_opposite_ends() -> None:
+    same, folds = [True, False] * 2, [0, 0, 1, 1]  # anything between 0.2 and 0.8 tells the first fold's two apart
+    scores = [0.803, 0.2, 0.495, 0.1]
+    exact, theirs = (kfold_accuracy(scores, same, folds, name) for name in ("exact", "insightface"))
+    assert (exact.thresholds[1], exact.accuracies[1]) == (pytest.approx(0.5015), 0.5)
+    assert theirs.thresholds[1] == pytest.approx(0.8)  # the first distance of the grid above 2 − 2 · 0.803 is 0.4
+    with pytest.raises(ValueError, match="convention must be one of exact, insightface, got 'mine'"):
+        kfold_accuracy(scores, same, folds, "mine")
+
+
 @pytest.mark.parametrize(
     ("scores", "same", "folds", "message"),
     [

@@ -569,6 +569,20 @@ def test_a_pair_set_of_either_python_is_read(tmp_path: Path) -> None:
     assert pickle.loads((tmp_path / "out.bin").read_bytes()) == (IMAGES, same)
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pair_set_of_arrays_is_read(tmp_path: Path, protocol: int) -> None:
+    """As people pack them: encoded images and pixels as arrays, flags as NumPy's booleans or one array of them."""
+    bytes_ = [np.frombuffer(image, np.uint8) for image in IMAGES]
+    same, pixels = [True, False, True], np.stack([images.decode(image) for image in IMAGES])
+    upright = [np.asfortranarray(image.transpose(1, 2, 0)) if k else image.transpose(1, 2, 0).copy() for k, image in enumerate(pixels)]  # fmt: skip  # noqa: E501
+    for pictures in (bytes_, [column[:, None] for column in bytes_], upright):
+        for flags in (np.array(same), list(np.array(same)), np.array(same).astype(np.uint8)):
+            (tmp_path / "x.bin").write_bytes(pickle.dumps((pictures, flags), protocol))
+            source, pairs = images.read_bin(tmp_path / "x.bin")
+            assert np.array_equal(source.read(np.arange(6)), pixels)
+            assert (pairs.same.tolist(), pairs.same.dtype) == (same, np.bool_)
+
+
 @pytest.mark.parametrize("count", [10, 6000, 6007])
 def test_folds_are_those_of_scikit_learn(count: int) -> None:
     model_selection = pytest.importorskip("sklearn.model_selection")
@@ -587,7 +601,12 @@ class Call:
     [
         ((IMAGES, Call()), r"posix\.system"),
         (([Call()], [True]), r"posix\.system"),
-        ((IMAGES, np.array([True, False, True])), r"numpy"),
+        ((IMAGES, np.array([True, False, True], object)), r"an array of 'O8'"),
+        ((IMAGES, np.array([1.0, 0.0, 1.0])), r"an array of 'f8'"),
+        ((IMAGES, np.array(["a", "b", "c"])), r"an array of 'U1'"),
+        ((IMAGES, np.ones((1, 3), bool)), "two lists"),
+        (([np.ones((2, 2), np.uint8)] * 6, [True] * 3), "image 0 is _Array, expected bytes"),
+        (([np.ones(3, bool)] * 6, [True] * 3), "image 0 is _Array, expected bytes"),
         (([Path("x")] * 2, [True]), r"pathlib"),
         (({1, 2}, [True]), r"two lists|asks for \w+\.set"),
         ((IMAGES, {"same": True}), "two lists"),
@@ -621,6 +640,8 @@ def test_a_pickle_that_asks_for_more_is_refused_and_not_run(
         b"Pid\n.",
         b"\x80\x02\x82\x01.",
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01a\x85R.",
+        b"cnumpy\nload\n(S'x'\ntR.",  # of NumPy only what makes arrays
+        b"cnumpy\ndtype\n(S'V8'\ntR.",
     ],
 )
 def test_pickles_by_hand_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -635,7 +656,8 @@ def test_a_damaged_pair_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         images.read_bin(tmp_path / "lfw.bin")
     whole = pickle.dumps((IMAGES, [True] * 3), 2)
-    for content in (b"", whole[:-20], b"JPEG", whole[:100]):
+    shape = pickle.dumps((IMAGES, np.ones(3, bool)), 2).replace(b"K\x03\x85", b"K\x04\x85")
+    for content in (b"", whole[:-20], b"JPEG", whole[:100], shape):
         (tmp_path / "lfw.bin").write_bytes(content)
         with pytest.raises(UserError, match=r"lfw\.bin: not a whole pickle"):
             images.read_bin(tmp_path / "lfw.bin")
@@ -717,10 +739,29 @@ def test_shards_of_webdataset_are_read(tmp_path: Path) -> None:
     assert source.where(3).startswith(str(tmp_path / "set" / "1.tar"))
 
 
+def test_labels_in_json_are_read_where_there_is_no_cls(tmp_path: Path) -> None:
+    said = [b"2", b'{"label": 0, "sha": "x"}', b'{"cls": 1}', b'{"class": 0}', b'{"class_id": 2, "name": "B\xc3\xb6"}']
+    files = [(f"{i}.json", content) for i, content in enumerate(said)]
+    files += [
+        ("5.cls", b"1"),
+        ("5.json", b'{"label": 7}'),
+        ("6.json", b"about the shard"),
+        ("meta.json", b'{"label": 9}'),
+    ]
+    files += [(f"{i}.jpg", image) for i, image in enumerate(IMAGES)]
+    source = images.open_images(make_tar(tmp_path / "x.tar", files))
+    assert source.labels.tolist() == [2, 0, 1, 0, 2, 1]
+    assert [source.content(i) for i in range(6)] == IMAGES
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ([("a.jpg", b"1")], r"a has no class id \(.cls\)"),
+        ([("a.jpg", b"1"), ("a.json", b'{"label": "x"}')], r"a has no class id \(.cls\), and no .json with one"),
+        ([("a.jpg", b"1"), ("a.json", b"[0")], r"a has no class id"),
+        ([("a.jpg", b"1"), ("a.json", b"-1")], r"a has no class id"),
+        ([("a.jpg", b"1"), ("a.json", b"true")], r"a has no class id"),
         ([("a.cls", b"1")], "a has no image"),
         ([("a.cls", b"-1"), ("a.jpg", b"1")], r"a\.cls: expected a class id, got '-1'"),
         ([("a.cls", b"\xff"), ("a.jpg", b"1")], r"expected a class id"),

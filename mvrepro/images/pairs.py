@@ -1,7 +1,8 @@
 """Pairs of images, and InsightFace's sets of them (lfw.bin, cfp_fp.bin, agedb_30.bin, …): a pickled (images, same).
 
 images are 2 P encoded images, pair i being 2i and 2i + 1; same are P booleans (arcface_torch, eval/verification.py).
-A pickle may ask Python to call anything; here it gets lists, tuples, bytes and booleans and nothing else.
+A pickle may ask Python to call anything; here it gets lists, tuples, bytes and booleans, and for NumPy's arrays and
+scalars of bytes or booleans something of ours that holds their bytes; and nothing else.
 """
 
 import io
@@ -42,12 +43,16 @@ class Pairs:
 
 
 class _Plain(pickle.Unpickler):
-    """Knows no name but the one with which Python 3 writes bytes at protocol 2."""
+    """Knows no names but the one with which Python 3 writes bytes at protocol 2, and those of NumPy's arrays, for which
+    it has classes of its own: what NumPy's would do with a state by hand, nobody vouches for."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return _encode
-        raise _Refused(f"{module}.{name}")
+        found = _NUMPY.get((module.replace("numpy._core", "numpy.core"), name))
+        if found is None:
+            raise _Refused(f"{module}.{name}")
+        return found
 
     def persistent_load(self, pid: Any) -> Any:
         raise _Refused(f"the persistent object {pid!r}")
@@ -55,6 +60,54 @@ class _Plain(pickle.Unpickler):
 
 class _Refused(Exception):
     pass
+
+
+class _Type:
+    """A dtype: bytes or booleans."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+        if self.code not in ("b1", "u1"):
+            raise _Refused(f"an array of {self.code!r}")
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing that matters to single bytes."""
+
+
+class _Array:
+    """An array, as its bytes, type and shape."""
+
+    value: NDArray[Any] = np.empty(0)
+
+    def __init__(self, data: Any = b"", of: Any = None, shape: Any = (0,), order: Any = "C", *_: Any) -> None:
+        self.__setstate__((1, shape, of, order != "C", data))
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, of, fortran, data = state
+        code = of.code if isinstance(of, _Type) else "u1"
+        self.value = np.frombuffer(data, code).reshape(shape, order="F" if fortran else "C")
+
+
+_NUMPY: dict[tuple[str, str], Any] = {
+    ("numpy", "dtype"): _Type,
+    ("numpy", "ndarray"): _Array,
+    ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
+    ("numpy.core.multiarray", "scalar"): lambda of, data: _Array(data, of, ()).value.item(),
+    ("numpy.core.numeric", "_frombuffer"): _Array,
+}
+
+
+def _bytes(image: Any) -> Any:
+    """An image that is an array as an encoded one; what is none as it is."""
+    pixels = image.value if isinstance(image, _Array) else np.empty(0)
+    if pixels.dtype != np.uint8:
+        return image
+    if pixels.ndim == 3 and pixels.shape[2] == 3:
+        from PIL import Image
+
+        Image.fromarray(pixels).save(buffer := io.BytesIO(), "BMP")
+        return buffer.getvalue()
+    return pixels.tobytes() if pixels.ndim == 1 or pixels.shape[1:] == (1,) else image
 
 
 def _encode(text: Any, coding: Any) -> bytes:
@@ -66,8 +119,9 @@ def _encode(text: Any, coding: Any) -> bytes:
 def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
     """The 2 P images, whose labels are all −1: nobody says who they are; and their pairs. size: see Encoded.
 
-    Raises UserError that names what a pickle asks for beyond lists, tuples, bytes and booleans (0 and 1 count as
-    such), without having called it; and for what is no such set.
+    An image may also be a NumPy array of bytes: encoded (n,) or (n, 1), or pixels (H, W, 3), RGB as MXNet has them; and
+    `same` an array, or NumPy's booleans. Raises UserError that names what a pickle asks for beyond these, lists,
+    tuples, bytes and booleans (0 and 1 count as such), without having called it; and for what is no such set.
     """
     try:
         content = path.read_bytes()
@@ -83,9 +137,11 @@ def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
         ) from None
     except Exception as error:  # damaged pickles raise all sorts of things
         raise UserError(f"{path}: not a whole pickle: {error or type(error).__name__}") from None
-    if not (isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, tuple | list) for x in value)):
+    if isinstance(value, tuple | list):
+        value = [x.value.tolist() if isinstance(x, _Array) and x.value.ndim == 1 else x for x in value]
+    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, tuple | list) for x in value)):
         raise UserError(f"{path}: expected (images, same), two lists")
-    images, same = value
+    images, same = [_bytes(image) for image in value[0]], value[1]
     wrong = next((i for i, image in enumerate(images) if not isinstance(image, bytes)), None)
     if wrong is not None:
         raise UserError(f"{path}: image {wrong} is {type(images[wrong]).__name__}, expected bytes")
@@ -96,7 +152,7 @@ def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
         raise UserError(
             f"{path}: {len(images)} images and {len(same)} pairs, expected two images a pair, one pair at least"
         )
-    source = Memory(list(images), np.full(len(images), -1, np.int64), str(path))
+    source = Memory(images, np.full(len(images), -1, np.int64), str(path))
     source.size = size
     return source, Pairs.in_order(same)
 

@@ -1,10 +1,12 @@
-"""Tar shards as webdataset writes them: KEY.jpg and KEY.cls (the class id as text), one pair an image.
+"""Tar shards as webdataset writes them: KEY.jpg and KEY.cls (the class id as text), one pair an image. Where there is
+no .cls, KEY.json says it: a number, or an object with a number as its label, cls, class or class_id.
 
 The key is the path up to the first dot of the file's name; other files of a key are passed over.
 Images are read where they lie, so the shards must not be compressed.
 """
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
     """(n, 4) of one shard."""
     images: dict[str, tuple[int, int]] = {}
     ids: dict[str, int] = {}
+    said: dict[str, int] = {}  # in .json
     try:
         with tarfile.open(file.path, "r:") as tar:
             for member in tqdm(tar, f"listing {file.path.name}", leave=False, disable=None):
@@ -58,10 +61,13 @@ def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
                 folder, slash, name = member.name.rpartition("/")
                 key = folder + slash + name.partition(".")[0]
                 kind = "." + name.partition(".")[2].lower()
-                if kind not in (*SUFFIXES, ".cls"):
+                if kind not in (*SUFFIXES, ".cls", ".json"):
                     continue
                 if member.offset_data + member.size > file.size:
                     raise UserError(f"{file.path}: cut off within {member.name}")
+                if kind == ".json":
+                    said |= _json_id(key, file.read(member.offset_data, member.size))
+                    continue
                 if key in (ids if kind == ".cls" else images):
                     raise UserError(f"{file.path}: {key} has two {'class ids' if kind == '.cls' else 'images'}")
                 if kind == ".cls":
@@ -70,9 +76,10 @@ def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
                     images[key] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{file.path}: not a whole, uncompressed tar file: {error}") from None
+    ids = {key: number for key, number in said.items() if key in images} | ids
     alone = sorted(images.keys() ^ ids.keys())
     if alone:
-        lacks = "class id (.cls)" if alone[0] in images else "image"
+        lacks = "class id (.cls), and no .json with one" if alone[0] in images else "image"
         raise UserError(f"{file.path}: {alone[0]} has no {lacks} ({len(alone)} such keys)")
     rows = [(shard, *place, ids[key]) for key, place in images.items()]
     return np.array(rows, np.int64).reshape(-1, 4)
@@ -83,6 +90,17 @@ def _class_id(content: bytes, where: str) -> int:
     if not (text.isdecimal() and len(text) < 10):
         raise UserError(f"{where}: expected a class id, got {text[:20]!r}")
     return int(text)
+
+
+def _json_id(key: str, content: bytes) -> dict[str, int]:
+    """{key: class id}, or nothing: a .json may be about anything."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(value, dict):
+        value = next((value[name] for name in ("label", "cls", "class", "class_id") if name in value), None)
+    return {key: value} if type(value) is int and 0 <= value < 10**9 else {}
 
 
 def write_tars(root: Path, source: Encoded, shard_size: int = 10_000) -> None:

@@ -22,7 +22,8 @@ import json
 import pickle
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from mvrepro import networks
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
 from mvrepro.heads.margin import MarginHead
+
+OURS, INSIGHTFACE = (127.5, 128.0), (127.5, 127.5)  # mean and std of pixels 0 … 255
 
 # where a checkpoint has the weight of a head
 LAYOUTS = {"arcface_torch": ("state_dict_softmax_fc", "weight"), "facex-zoo": ("state_dict", "head.weight")}
@@ -90,13 +93,17 @@ def _shares(head: MarginHead, layout: str, files: int) -> list[int]:
 
 def load_iresnet(model: networks.IResNet, path: Path) -> None:
     """Fill an IResNet (networks.build("iresnet-50", …) and the like) with a backbone of arcface_torch: model.pt, or the
-    "state_dict_backbone" of a checkpoint. Raises UserError that names what doesn't fit; model is unchanged then."""
-    value = _load(path)
-    if isinstance(value, Mapping) and "state_dict_backbone" in value:
-        value = value["state_dict_backbone"]
-    if not (isinstance(value, Mapping) and all(isinstance(x, Tensor) for x in value.values())):
-        raise UserError(f"{path}: expected the weights of a backbone by name, got {type(value).__name__}")
+    "state_dict_backbone" of a checkpoint; with or without DDP's "module." and counts of batches. Their training keeps
+    the scale of the last batch norm, features.weight, at 1; "iresnet-50-fixed" and the like do so, too.
+    Raises UserError that names what doesn't fit; model is unchanged then."""
+    found = _load(path)
+    if isinstance(found, Mapping) and "state_dict_backbone" in found:
+        found = found["state_dict_backbone"]
+    if not (isinstance(found, Mapping) and all(isinstance(x, Tensor) for x in found.values())):
+        raise UserError(f"{path}: expected the weights of a backbone by name, got {type(found).__name__}")
     theirs = {_arcface_name(name, model): name for name in model.state_dict()}
+    value = {name: torch.tensor(0) for name in theirs if name.endswith(".num_batches_tracked")}
+    value |= {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
     wrong = sorted(theirs.keys() ^ value.keys())
     if wrong:
         where = "the file" if wrong[0] in value else "the model"
@@ -142,6 +149,11 @@ def save_backbone(
 
 def load_backbone(path: Path) -> nn.Module:
     """What save_backbone wrote, in evaluation mode. Raises UserError for files that are none or don't fit."""
+    return read_backbone(path)[0]
+
+
+def read_backbone(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """load_backbone, and what networks.build was called with."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("mvrepro", "null"))
@@ -151,13 +163,93 @@ def load_backbone(path: Path) -> nn.Module:
     about = {"in_channels": 3, "image_size": networks.SIDE, **about} if isinstance(about, dict) else {}
     if about.keys() != {"backbone", "in_channels", "image_size", "embedding_dim"}:
         raise UserError(f"{path} does not say which backbone it holds: it was not written by save_backbone")
-    name = about.pop("backbone")
-    model = networks.build(name, **about)
+    return rebuilt(path, about, state), about
+
+
+def rebuilt(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The network that `about` says, with these weights, in evaluation mode."""
+    name = about["backbone"]
+    model = networks.build(name, **{key: value for key, value in about.items() if key != "backbone"})
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A network of anybody's, and what it says of its input: None where it says nothing.
+
+    run         (B, C, S, S) float32 -> (B, D) floats; raises UserError where the images don't fit
+    channels    C: 1, or 3, which colours come in RGB;  size  S;  batch  B
+    normalise   (mean, std): what it takes is (pixel − mean)/std of pixels 0 … 255
+    mirror      whether the embedding of the mirror image is added
+    """
+
+    run: Callable[[NDArray[np.float32]], NDArray[Any]]
+    channels: int | None
+    size: int | None
+    batch: int | None = None
+    normalise: tuple[float, float] = OURS
+    mirror: bool | None = None
+
+
+def embedder(model: nn.Module, about: dict[str, Any], mirror: bool | None = None) -> Embedder:
+    """One of ours in evaluation mode, with what networks.build was called with."""
+    run = lambda images: networks.embed(model, torch.from_numpy(images), mirror=False).numpy()  # noqa: E731
+    return Embedder(run, about["in_channels"], about["image_size"], mirror=mirror)
+
+
+def load_onnx(path: Path, threads: int = 0) -> Embedder:
+    """An ONNX file with one input of images, (N, C, H, W) or (N, H, W, C), and embeddings (N, D) as its first output.
+
+    A graph that begins with subtracting, scaling or a batch norm takes pixels as they are; one with the names that
+    save_onnx gives, as ours do; others as InsightFace's, (pixel − 127.5)/127.5.
+    threads: 0 is as many as there are cores. Raises UserError for what is no such network, and without the extra.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f'ONNX networks need an extra ({error}): pip install "mvrepro[onnx]"') from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a core that is shared waits in vain
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+        session = onnxruntime.InferenceSession(path, options, onnxruntime.get_available_providers())
+    except Exception as error:  # either has many errors of its own
+        raise UserError(f"{path} is not a readable ONNX network: {str(error).splitlines()[0]}") from None
+    inputs = session.get_inputs()
+    shape = [side if isinstance(side, int) else None for side in inputs[0].shape] if len(inputs) == 1 else []
+    if last := len(shape) == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
+        shape = [shape[0], shape[3], *shape[1:3]]
+    if len(shape) != 4 or shape[1] not in (None, 1, 3) or shape[2] != shape[3] or inputs[0].type != "tensor(float)":
+        found = "; ".join(f"{one.name}: {one.type} {one.shape}" for one in inputs)
+        raise UserError(f"{path}: expected one input of square images, float32 (N, C, H, W), got {found}")
+
+    def run(images: NDArray[np.float32]) -> NDArray[Any]:
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if last else images
+        try:
+            found = session.run(None, {inputs[0].name: images})[0]
+        except Exception as error:
+            raise UserError(f"{path} doesn't take images {images.shape}: {str(error).splitlines()[0]}") from None
+        return np.asarray(found)
+
+    ours = (inputs[0].name, session.get_outputs()[0].name) == ("images", "embeddings")
+    normalise = (0.0, 1.0) if _scales(graph, inputs[0].name) else OURS if ours else INSIGHTFACE
+    return Embedder(run, shape[1], shape[2], shape[0], normalise)
+
+
+def _scales(graph: Any, name: str) -> bool:
+    """Whether the first that happens to the images is that they are normalised."""
+    for node in graph.node:
+        if name in node.input:
+            if node.op_type not in ("Cast", "Transpose", "Identity"):
+                return node.op_type in ("Sub", "Add", "Mul", "Div", "BatchNormalization")
+            name = node.output[0]
+    return False
 
 
 def save_onnx(path: Path, model: nn.Module, side: int = networks.SIDE) -> None:

@@ -5,6 +5,7 @@
 | toy | two hidden layers | here |
 | iresnet-tiny, -small | ArcFace's residual network, narrow | here |
 | iresnet-18, -50, -100 | ArcFace's residual network | InsightFace, arcface_torch/backbones/iresnet.py |
+| iresnet-18-fixed, … | the same, the scale of its last batch norm kept at 1 as there | the same |
 | resnet-ir-50 | the same, no batch norm between a unit's convolutions | FaceX-Zoo, backbone/ResNets.py |
 | mobilefacenet | MobileFaceNet (arXiv 1804.07573) | FaceX-Zoo, backbone/MobileFaceNets.py |
 | attention-56, -92 | residual attention (arXiv 1704.06904) | FaceX-Zoo, backbone/AttentionNets.py |
@@ -104,6 +105,7 @@ class IResNet(nn.Module):
     blocks, widths   of the four stages;  in_channels, image_size  of the (square) input
     stem_stride      of the first convolution: 2 quarters the cost of everything behind it
     unit             what a stage consists of
+    fixed_scale      the scale of the last batch norm stays 1
     (B, C, H, W) floats -> (B, embedding_dim)
     """
 
@@ -114,6 +116,7 @@ class IResNet(nn.Module):
         stem_stride: int = 1,
         unit: Unit = Block,
         *,
+        fixed_scale: bool = False,
         in_channels: int,
         image_size: int,
         embedding_dim: int,
@@ -134,6 +137,7 @@ class IResNet(nn.Module):
             nn.Linear(width * side * side, embedding_dim),
             nn.BatchNorm1d(embedding_dim),
         )
+        self.neck[-1].weight.requires_grad_(not fixed_scale)
 
     def forward(self, images: Tensor) -> Tensor:
         embeddings: Tensor = self.neck(self.body(images))
@@ -320,6 +324,9 @@ ANY_SIZE: dict[str, Callable[..., nn.Module]] = {
     "iresnet-18": partial(IResNet, (2, 2, 2, 2)),
     "iresnet-50": partial(IResNet, (3, 4, 14, 3)),
     "iresnet-100": partial(IResNet, (3, 13, 30, 3)),
+    "iresnet-18-fixed": partial(IResNet, (2, 2, 2, 2), fixed_scale=True),
+    "iresnet-50-fixed": partial(IResNet, (3, 4, 14, 3), fixed_scale=True),
+    "iresnet-100-fixed": partial(IResNet, (3, 13, 30, 3), fixed_scale=True),
     "resnet-ir-50": partial(IResNet, (3, 4, 14, 3), unit=ir),
 }
 # For aligned faces: what it calls with the embedding's dimensions.

@@ -181,6 +181,46 @@ def test_view_1_pairs_are_one_fold(root: Path) -> None:
     assert pair_rows(photographs.lfw_pairs(path, photographs.lfw(SIZE).names)) == [(3, 4, True, 0), (3, 1, False, 0)]
 
 
+def test_lists_without_a_header_are_cut_into_ten_runs_of_each_kind(tmp_path: Path) -> None:
+    """RFW's lists, fold by fold; CALFW's and CPLFW's, two lines a pair and all pairs of one person first."""
+    names = np.array([f"{who}/{who}_{shot:04d}.jpg" for who in ("m.0a", "m.0b") for shot in (1, 2, 3)])
+    pairs = [(0, 1, True), (2, 4, False), (3, 5, True), (0, 3, False)]
+    rfw = [["m.0a 1 2", "m.0a\t3\tm.0b\t2"], ["m.0b\t1\t3", "m.0a 1 m.0b 1"]]
+    write_lines(tmp_path / "rfw.txt", *(line for fold in range(10) for line in rfw[fold % 2]))
+    want = [(*pairs[2 * (fold % 2) + k], fold) for fold in range(10) for k in (0, 1)]
+    assert pair_rows(photographs.lfw_pairs(tmp_path / "rfw.txt", names)) == want
+    flat = sorted(want, key=lambda pair: not pair[2])
+    for flag in ("1", "7"):  # CALFW has the number of the fold
+        lines = [f"{names[row].split('/')[1]} {flag if same else 0}" for *rows, same, _ in flat for row in rows]
+        write_lines(tmp_path / "cplfw.txt", *lines)
+        assert pair_rows(photographs.lfw_pairs(tmp_path / "cplfw.txt", names)) == flat
+
+
+@pytest.mark.parametrize(
+    ("number", "lines", "message"),
+    [
+        (3, ["m.0a_0001.jpg 1 2"], "line 3: expected image flag image flag, got 'm.0a_0001.jpg 1 2 m.0a_0002.jpg 1'"),
+        (4, ["m.0a_0002.jpg 0"], "line 3: expected image flag image flag, got 'm.0a_0001.jpg 1 m.0a_0002.jpg 0'"),
+        (4, [], r"line 39: expected image flag image flag, got 'm.0b_0001.jpg 0 '|line 19: expected image flag"),
+        (3, ["m.0c_0001.jpg 1"], "line 3: there is no image m.0c_0001"),
+        (1, ["m.0a_0001.jpg 0", "m.0b_0001.jpg 0", "m.0a_0001.jpg"], "line 3: expected image flag image flag"),
+    ],
+)
+def test_bad_pairs_without_a_header_are_named(tmp_path: Path, number: int, lines: list[str], message: str) -> None:
+    names = np.array(["m.0a_0001", "m.0a_0002", "m.0b_0001"])
+    good = ["m.0a_0001.jpg 1", "m.0a_0002.jpg 1"] * 10 + ["m.0a_0001.jpg 0", "m.0b_0001.jpg 0"] * 10
+    path = tmp_path / "pairs.txt"
+    write_lines(path, *good[: number - 1], *lines, *good[number:])
+    with pytest.raises(UserError, match=rf"pairs\.txt, {message}"):
+        photographs.lfw_pairs(path, names)
+    write_lines(path, *good[2:])
+    with pytest.raises(UserError, match=r"pairs\.txt: 9 pairs of one person, ten are needed"):
+        photographs.lfw_pairs(path, names)
+    write_lines(path, *good)
+    with pytest.raises(UserError, match=r"names: x/m.0a_0001.png comes twice"):
+        photographs.lfw_pairs(path, np.array([*names, "x/m.0a_0001.png"]))
+
+
 def test_cfp_pairs_are_rows_in_ten_folds(root: Path) -> None:
     names = photographs.cfp(SIZE).names
     ff = [((0, 1, True, k), (7, 6, True, k), ((k + 1) % 2, 4, False, k)) for k in range(10)]
@@ -582,7 +622,7 @@ def test_real_cfp_has_ten_frontal_and_four_profile_images_of_each(real: dict[str
 @needs_data
 def test_199_people_of_cfp_are_people_of_lfw_by_name_23_of_them_spelt_otherwise(real: dict[str, Pixels]) -> None:
     ours, theirs = np.unique(real["cfp"].people), np.unique(real["lfw"].people)
-    assert len(photographs.overlapping(ours, theirs)) == len(photographs.overlapping(theirs, ours)) == 199
+    assert len(photographs.overlapping(ours, theirs)) == len(photographs.overlapping(theirs, ours)) == 205
     assert not photographs.overlapping(np.unique(real["celeba"].people), [*ours, *theirs])  # it has numbers only
 
 

@@ -193,6 +193,12 @@ def test_a_backbone_of_arcface_torch_computes_the_same(tmp_path: Path) -> None:
         interchange.load_iresnet(model, tmp_path / name)
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(x), forward(state, depths, x), rtol=1e-4, atol=1e-4)
+    bare = {f"module.{name}": value for name, value in state.items() if "num_batches" not in name}
+    torch.save({"state_dict_backbone": bare}, tmp_path / "ddp.pt")
+    model = IResNet(depths, widths, in_channels=3, image_size=32, embedding_dim=6)
+    interchange.load_iresnet(model, tmp_path / "ddp.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), forward(state, depths, x), rtol=1e-4, atol=1e-4)
     before = [p.clone() for p in model.parameters()]
     for other, message in (
         (state | {"layer5.0.bn1.weight": torch.ones(1)}, "layer5.0.bn1.weight is only in the file"),
@@ -275,6 +281,25 @@ def test_pairs_are_judged_as_the_protocol_does(lfw: Path, capsys: pytest.Capture
     }
 
 
+def test_the_convention_of_insightface_is_asked_for_by_name(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.load(lfw / "e.npy")
+    left, right = np.arange(20), np.r_[np.arange(20) ^ 1][np.r_[0:10, 15:20, 10:15]]
+    same = left // 2 == right // 2
+    np.save(lfw / "bin.npy", x[np.stack([left, right], 1).ravel()])
+    images.write_bin(lfw / "x.bin", [b"jpeg"] * 40, same)
+    given = ("--embeddings", lfw / "bin.npy", "--bin", lfw / "x.bin")
+    printed, scores = {}, protocols.pair_cosines(x, left, right)
+    for convention in ("exact", "insightface"):
+        folds = images.Pairs.in_order(same).folds
+        found = protocols.kfold_accuracy(scores, same, folds, convention)
+        printed[convention] = judged(capsys, "bin", *given, "--convention", convention, "--out", lfw / "out.json")
+        assert printed[convention] == [
+            f"accuracy: {100 * found.mean:.2f} %", f"standard deviation over folds: {100 * found.std:.2f} %",
+        ]  # fmt: skip
+        assert json.loads((lfw / "out.json").read_text())["convention"] == convention
+    assert judged(capsys, "bin", *given) == printed["exact"] != printed["insightface"]
+
+
 def test_an_insightface_set_is_judged_in_its_order(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = np.load(lfw / "e.npy")
     rows = np.concatenate([np.arange(24).reshape(12, 2), np.roll(np.arange(24), 3).reshape(12, 2)])
@@ -306,6 +331,11 @@ def test_the_other_protocols_are_reached(lfw: Path, capsys: pytest.CaptureFixtur
     assert printed == [f"rank1@{n}: {100 * rate:.2f} %" for n, rate in zip((10, 2000), found.rates[:, 0], strict=True)]
     error = fails(capsys, "megaface", *common, "--distractors", lfw / "d.npy")
     assert "megaface: " in error and "1e-06" in error  # 48,000 scores measure no FAR of 1e-6
+    printed = judged(
+        capsys, "megaface", *common, "--distractors", lfw / "d.npy", "--fars", "1e-3", "0.1", "--sizes", "9"
+    )
+    points = protocols.tpr_at_far_distractors(x, ids, others, [1e-3, 0.1])
+    assert printed[1:] == [f"tpr@far={p.fpr:g}: {100 * p.tpr:.2f} %" for p in points] and "rank1@9" in printed[0]
     assert "trillion-pairs: " in fails(capsys, "trillion-pairs", *common, "--distractors", lfw / "d.npy")
     for kind, content in (
         ("test", "1\n4\n1, P_00_0001\n2, P_00_0002\n3, P_01_0001\n4, P_01_0002\n"),
@@ -315,6 +345,27 @@ def test_the_other_protocols_are_reached(lfw: Path, capsys: pytest.CaptureFixtur
         (lfw / f"{kind}_set.txt").write_text(content)
     error = fails(capsys, "blufr", "--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", "--lists", lfw)
     assert error.startswith("mvrepro judge: blufr: ")  # 4 impostor pairs measure no FAR of 0.1 %
+
+
+def test_names_with_folders_before_them_are_known(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As embed writes them of a folder with a folder a person."""
+    names = (lfw / "names.txt").read_text().split()
+    (lfw / "deep.txt").write_text("".join(f"{name[:4]}/{name}.jpg\n" for name in names))
+    given = ("--embeddings", lfw / "e.npy", "--pairs", lfw / "pairs.txt", "--names")
+    assert judged(capsys, "lfw", *given, lfw / "deep.txt") == judged(capsys, "lfw", *given, lfw / "names.txt")
+    every = [*names, *(f"S{i:02d}_0001" for i in range(100))]
+    rng = np.random.default_rng(3)
+    np.save(lfw / "b.npy", np.concatenate([np.load(lfw / "e.npy"), rng.normal(size=(100, 8))]))
+    for kind, rows in (("test", every), ("gallery", names[::2]), ("probe", [*names[1::2], *every[24:]])):
+        (lfw / f"{kind}_set.txt").write_text(f"1\n{len(rows)}\n" + "".join(f"{i}, {n}\n" for i, n in enumerate(rows)))
+    (lfw / "every.txt").write_text("".join(f"x/{name}.jpg\n" for name in every))
+    printed = judged(capsys, "blufr", "--embeddings", lfw / "b.npy", "--names", lfw / "every.txt", "--lists", lfw)
+    trials = protocols.blufr_trials(every, lfw)
+    found = protocols.blufr(np.load(lfw / "b.npy"), trials)
+    assert printed == [
+        f"vr@far=0.001: {100 * found.vr_summary:.2f} %", f"dir@far=0.01: {100 * found.dir_summary:.2f} %",
+        f"strict dir@far=0.01: {100 * found.strict_dir_summary:.2f} %",
+    ]  # fmt: skip
 
 
 def test_what_is_missing_is_named(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:

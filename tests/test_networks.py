@@ -204,6 +204,19 @@ def test_safetensors_come_back_as_they_were(tmp_path: Path, trained: nn.Module) 
         assert torch.equal(interchange.load_backbone(path)(x), small(x))
 
 
+def test_a_fixed_scale_stays_where_it_is_and_is_remembered(tmp_path: Path) -> None:
+    sizes = {"in_channels": 1, "image_size": 16, "embedding_dim": 3}
+    torch.manual_seed(0)
+    for name, moves in (("iresnet-18", True), ("iresnet-18-fixed", False)):
+        model = networks.build(name, **sizes)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        (model(torch.randn(4, 1, 16, 16)) * torch.arange(3)).square().sum().backward()
+        sgd.step()
+        assert bool((model.neck[-1].weight != 1).any()) == moves and (model.neck[2].bias != 0).any()
+        interchange.save_backbone(tmp_path / "b", model, name, **sizes)
+        assert interchange.load_backbone(tmp_path / "b").neck[-1].weight.requires_grad == moves
+
+
 def test_files_that_name_no_size_are_of_aligned_faces(tmp_path: Path, trained: nn.Module) -> None:
     """As the first versions wrote them."""
     about = json.dumps({"backbone": "mobilefacenet", "embedding_dim": 16})

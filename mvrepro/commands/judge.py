@@ -12,14 +12,15 @@ from mvrepro import protocols
 from mvrepro.errors import UserError
 from mvrepro.files import read_column, write_json
 from mvrepro.images import photographs, read_bin
-from mvrepro.images.source import SUFFIXES
+from mvrepro.images.photographs import plain_name
+from mvrepro.protocols.folds import CONVENTIONS
 
 Metrics = dict[str, float]
 OPTIONS: dict[str, dict[str, Any]] = {
     "embeddings": {"type": Path, "help": "(N, D) floats of any length (.npy); the probes, where there are"},
     "names": {"type": Path, "help": "a line a row: the image, such as Aaron_Eckhart_0001 or 001/frontal/01"},
     "ids": {"type": Path, "help": "a line a row: the person"},
-    "pairs": {"type": Path, "help": "LFW's pairs.txt (default: that in MVREPRO_DATA)"},
+    "pairs": {"type": Path, "help": "LFW's pairs.txt (default: that in MVREPRO_DATA), or RFW's, CALFW's, CPLFW's list"},
     "lists": {"type": Path, "help": "folder of BLUFR's lists (default: that in MVREPRO_DATA)"},
     "bin": {"type": Path, "help": "InsightFace's pair set: rows 2i and 2i + 1 are its pair i"},
     "gallery": {"type": Path, "help": "(G, D) floats (.npy)"},
@@ -27,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "distractors": {"type": Path, "help": "(M, D) floats (.npy) of people who are neither probes nor in the gallery"},
     "sizes": {"type": int, "nargs": "+", "metavar": "N", "help": "how many distractors (default: all)"},
     "fprs": {"type": float, "nargs": "+", "metavar": "FPR", "help": "for all-pairs (default: 0.001)"},
+    "fars": {"type": float, "nargs": "+", "metavar": "FAR", "help": "for megaface (default: 1e-6)"},
+    "convention": {"choices": CONVENTIONS, "help": "how folds choose their threshold (default: exact; see the docs)"},
 }
 
 
@@ -62,13 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
             value = load_embeddings(value)
         elif name in ("names", "ids", "gallery_ids"):  # embeddings and gallery come before them
             rows = "gallery" if name == "gallery_ids" else "embeddings"
-            lines = read_column(value, _plain if name == "names" else None)
+            lines = read_column(value, plain_name if name == "names" else None)
             if len(lines) != len(inputs[rows]):
                 raise UserError(
                     f"{value} has {len(lines)} lines, {getattr(arguments, rows)} has {len(inputs[rows])} rows: "
                     "one each is needed, in their order"
                 )
-            value = np.array([_plain(line) if name == "names" else line for line in lines])
+            value = np.array([plain_name(line) if name == "names" else line for line in lines])
         inputs[name] = value
     try:
         metrics = protocol(**inputs)
@@ -77,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, rate in metrics.items():
         print(f"{name}: {100 * rate:.2f} %")
     if arguments.out:
-        write_json(arguments.out, {"protocol": arguments.protocol, "metrics": metrics})
+        asked = {"convention": arguments.convention} if arguments.convention else {}
+        write_json(arguments.out, {"protocol": arguments.protocol, **asked, "metrics": metrics})
     return 0
 
 
@@ -92,32 +96,28 @@ def _options(names: list[str], between: str = " ") -> str:
     return between.join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def _plain(name: str) -> str:
-    """The name of an image, without the suffix of its file."""
-    return next((name[: -len(end)] for end in SUFFIXES if name.lower().endswith(end)), name)
+def _lfw(embeddings: Any, names: Any, pairs: Path | None = None, convention: str = "exact") -> Metrics:
+    """LFW View 2; RFW, CALFW and CPLFW by their lists."""
+    path = pairs or photographs.folder("lfw") / "pairs.txt"
+    return _kfold(embeddings, photographs.lfw_pairs(path, names), convention)
 
 
-def _lfw(embeddings: Any, names: Any, pairs: Path | None = None) -> Metrics:
-    """LFW View 2."""
-    return _kfold(embeddings, photographs.lfw_pairs(pairs or photographs.folder("lfw") / "pairs.txt", names))
-
-
-def _cfp_ff(embeddings: Any, names: Any) -> Metrics:
+def _cfp_ff(embeddings: Any, names: Any, convention: str = "exact") -> Metrics:
     """CFP-FF, with the lists in MVREPRO_DATA."""
-    return _kfold(embeddings, photographs.cfp_pairs("FF", names))
+    return _kfold(embeddings, photographs.cfp_pairs("FF", names), convention)
 
 
-def _cfp_fp(embeddings: Any, names: Any) -> Metrics:
+def _cfp_fp(embeddings: Any, names: Any, convention: str = "exact") -> Metrics:
     """CFP-FP, with the lists in MVREPRO_DATA."""
-    return _kfold(embeddings, photographs.cfp_pairs("FP", names))
+    return _kfold(embeddings, photographs.cfp_pairs("FP", names), convention)
 
 
-def _bin(embeddings: Any, bin: Path) -> Metrics:
+def _bin(embeddings: Any, bin: Path, convention: str = "exact") -> Metrics:
     """The pairs of an InsightFace .bin (LFW, CFP, AgeDB-30, CALFW, CPLFW, …), ten folds in order."""
     images, pairs = read_bin(bin)
     if len(embeddings) != len(images):
         raise UserError(f"the array of embeddings has {len(embeddings)} rows, {bin} has {len(images)} images")
-    return _kfold(embeddings, pairs)
+    return _kfold(embeddings, pairs, convention)
 
 
 def _all_pairs(embeddings: Any, ids: Any, fprs: tuple[float, ...] = (1e-3,)) -> Metrics:
@@ -126,10 +126,12 @@ def _all_pairs(embeddings: Any, ids: Any, fprs: tuple[float, ...] = (1e-3,)) -> 
 
 
 def _blufr(embeddings: Any, names: Any, lists: Path | None = None) -> Metrics:
-    """BLUFR on LFW: mean − standard deviation over its trials."""
+    """BLUFR on LFW: mean − standard deviation over its trials; DIR by its authors' rule and by that of VR."""
+    names = [name.rpartition("/")[2] for name in names]  # of a folder of folders
     trials = protocols.blufr_trials(names, lists or photographs.folder("lfw") / "blufr")
-    result = protocols.blufr(embeddings, trials)
-    return {"vr@far=0.001": result.vr_summary, "dir@far=0.01": result.dir_summary}
+    found = protocols.blufr(embeddings, trials)
+    dirs = {"dir@far=0.01": found.dir_summary, "strict dir@far=0.01": found.strict_dir_summary}
+    return {"vr@far=0.001": found.vr_summary} | dirs
 
 
 def _identify(
@@ -141,11 +143,16 @@ def _identify(
     return {f"rank1@{size}": float(rate) for size, rate in zip(found.sizes, found.rates[:, 0], strict=True)}
 
 
-def _megaface(embeddings: Any, ids: Any, distractors: Any, sizes: list[int] | None = None) -> Metrics:
-    """MegaFace challenge 1: rank 1, and TPR at FAR 1e-6."""
-    found = protocols.megaface(embeddings, ids, distractors, sizes=sizes or [len(distractors)])
+def _megaface(
+    embeddings: Any, ids: Any, distractors: Any, sizes: list[int] | None = None, fars: tuple[float, ...] = (1e-6,)
+) -> Metrics:
+    """MegaFace challenge 1: rank 1, and TPR at each of --fars."""
+    found = protocols.megaface(embeddings, ids, distractors, sizes=sizes or [len(distractors)], far=fars[0])
+    points = [found.verification]
+    if fars[1:]:
+        points += protocols.tpr_at_far_distractors(embeddings, ids, distractors, fars[1:])
     rates = {f"rank1@{size}": float(rate) for size, rate in zip(found.sizes, found.rank1, strict=True)}
-    return rates | {f"tpr@far={found.verification.fpr:g}": found.verification.tpr}
+    return rates | {f"tpr@far={point.fpr:g}": point.tpr for point in points}
 
 
 def _trillion_pairs(embeddings: Any, ids: Any, distractors: Any) -> Metrics:
@@ -154,9 +161,9 @@ def _trillion_pairs(embeddings: Any, ids: Any, distractors: Any) -> Metrics:
     return {"id@far=0.001": found.identification.tpr, "ver@far=1e-09": found.verification.tpr}
 
 
-def _kfold(embeddings: Any, pairs: Any) -> Metrics:
+def _kfold(embeddings: Any, pairs: Any, convention: str) -> Metrics:
     scores = protocols.pair_cosines(embeddings, pairs.left, pairs.right)
-    result = protocols.kfold_accuracy(scores, pairs.same, pairs.folds)
+    result = protocols.kfold_accuracy(scores, pairs.same, pairs.folds, convention)
     return {"accuracy": result.mean, "standard deviation over folds": result.std}
 
 

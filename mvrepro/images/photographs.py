@@ -11,6 +11,7 @@ folder .mvrepro, since 36,000 JPEGs take longer to open than a small network tak
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from mvrepro.errors import UserError
 from mvrepro.files import check_once, read_column, read_lines
 from mvrepro.images.folders import Files, people_in
 from mvrepro.images.pairs import Pairs
-from mvrepro.images.source import Pixels
+from mvrepro.images.source import SUFFIXES, Pixels
 from mvrepro.images.storage import is_text, kept_array
 
 SIDE = 112  # of the aligned crops
@@ -45,8 +46,27 @@ def folder(name: str) -> Path:
     )
 
 
+def files(name: str) -> Files:
+    """One of the sets as it lies there, 112×112 pixels, with the names of its images and people."""
+    return {"lfw": _lfw, "cfp": _cfp, "celeba": _celeba}[name]()
+
+
 def lfw(size: int) -> Pixels:
     """All 13,233 images of 5,749 people, sorted by name."""
+    return _read(files("lfw"), size)
+
+
+def cfp(size: int) -> Pixels:
+    """10 frontal and 4 profile images of each of 500 people; names such as "001/frontal/01"."""
+    return _read(files("cfp"), size)
+
+
+def celeba(size: int) -> Pixels:
+    """The images that identity.txt lists; people are its numbers, which say nothing about who they are."""
+    return _read(files("celeba"), size)
+
+
+def _lfw() -> Files:
     images = folder("lfw") / "images"
     paths = sorted(images.glob("*/*.jpg"))
     people = [path.parent.name for path in paths]
@@ -57,11 +77,10 @@ def lfw(size: int) -> Pixels:
         name, _, shot = path.stem.rpartition("_")
         if name != person or not _is_number(shot):
             raise UserError(f"{path}: expected a name like {person}_0001.jpg in this folder")
-    return _read(images, paths, [path.stem for path in paths], people, size)
+    return _files(images, paths, [path.stem for path in paths], people)
 
 
-def cfp(size: int) -> Pixels:
-    """10 frontal and 4 profile images of each of 500 people; names such as "001/frontal/01"."""
+def _cfp() -> Files:
     here = folder("cfp")
     people = {f"{number:03d}": name for number, name in enumerate(read_column(here / "names.txt", once=same_name), 1)}
     paths = sorted((here / "images").glob("*/*/*.jpg"))
@@ -75,11 +94,10 @@ def cfp(size: int) -> Pixels:
         what = "only frontal and profile belong there" if number in people else "names.txt has no line for it"
         raise UserError(f"{here / 'images' / number / side}: {what}")
     names = [f"{number}/{side}/{path.stem}" for (number, side), path in zip(places, paths, strict=True)]
-    return _read(here / "images", paths, names, [people[number] for number, _ in places], size)
+    return _files(here / "images", paths, names, [people[number] for number, _ in places])
 
 
-def celeba(size: int) -> Pixels:
-    """The images that identity.txt lists; people are its numbers, which say nothing about who they are."""
+def _celeba() -> Files:
     here = folder("celeba")
     path, lines = here / "identity.txt", read_lines(here / "identity.txt")
     paths, people = [], []
@@ -93,17 +111,26 @@ def celeba(size: int) -> Pixels:
         people.append(f"celeba-{int(parts[1]):05d}")
     names = [file.stem for file in paths]
     check_once(path, zip((number for number, _ in lines), names, strict=True))
-    return _read(here / "images", paths, names, people, size)
+    return _files(here / "images", paths, names, people)
 
 
-def _read(images: Path, paths: Sequence[Path], names: Sequence[str], people: Sequence[str], size: int) -> Pixels:
-    """The files in this order, made smaller; out of what is kept where that holds just these files."""
+def _files(images: Path, paths: Sequence[Path], names: Sequence[str], people: Sequence[str]) -> Files:
+    files = Files(images, (str(path.relative_to(images)) for path in paths))
+    plain, files.names = (
+        np.array([unicodedata.normalize("NFC", name) for name in column]) for column in (people, names)
+    )
+    classes, labels = np.unique(plain, return_inverse=True)
+    files.classes, files.labels, files.size = classes.tolist(), labels.astype(np.int64), SIDE
+    return files
+
+
+def _read(files: Files, size: int) -> Pixels:
+    """The files, made smaller; out of what is kept where that holds just these files."""
     from PIL import Image
 
     if not 1 <= size <= SIDE:
         raise UserError(f"image_size must be in 1 … {SIDE} for aligned faces, got {size}")
-    files = Files(images, (str(path.relative_to(images)) for path in paths))
-    files.size = SIDE
+    paths = [files.path(i) for i in range(len(files))]
 
     def build() -> NDArray[np.uint8]:
         shape = (size, size)
@@ -111,14 +138,16 @@ def _read(images: Path, paths: Sequence[Path], names: Sequence[str], people: Seq
         small = [np.asarray(Image.fromarray(face).resize(shape, Image.Resampling.BOX)) for face in faces]
         return np.stack(small).transpose(0, 3, 1, 2)
 
-    pixels = np.array(kept_array(f"faces/{images.parent.name}-{size}", paths, build), order="C")
-    plain = (np.array([unicodedata.normalize("NFC", name) for name in column]) for column in (people, names))
-    return Pixels.of_people(pixels, *plain)
+    pixels = np.array(kept_array(f"faces/{files.root.parent.name}-{size}", paths, build), order="C")
+    return Pixels(pixels, files.labels, files.classes, files.names)
 
 
 def people_of(path: Path, *, empty: bool = False) -> list[str]:
     """The people that a folder has folders of, or that a list names, each once: a name a line, or, as LFW's people.txt
-    has it, "name<tab>number of images", between lines that only count. An empty list is an error unless `empty`."""
+    has it, "name<tab>number of images", between lines that only count; or of the ids.txt that `embed` wrote into a
+    folder. An empty list is an error unless `empty`."""
+    if (path / "ids.txt").is_file():
+        return list(dict.fromkeys(read_column(path / "ids.txt")))
     if path.is_dir():
         for name in (people := people_in(path)):
             if not is_text(name):
@@ -136,6 +165,8 @@ SPELLINGS = {
     "albert pujol": "albert pujols",
     "alex fergusson": "alex ferguson",
     "barbara streisand": "barbra streisand",
+    "beyonce": "beyonce knowles",
+    "catherine zeta": "catherine zeta-jones",
     "cristina fernandez de kirchner": "cristina kirchner",
     "david cruso": "david caruso",
     "diane feinstein": "dianne feinstein",
@@ -146,12 +177,16 @@ SPELLINGS = {
     "jean chretian": "jean chretien",
     "jennifer anniston": "jennifer aniston",
     "jennifer capriarti": "jennifer capriati",
+    "jevin kostner": "kevin costner",
+    "joe biden": "joseph biden",
     "luiz lula da silva": "luiz inacio lula da silva",
     "mathew mcconaughey": "matthew mcconaughey",
     "nancy peloci": "nancy pelosi",
     "nicholas cage": "nicolas cage",
+    "recep erdogen": "recep tayyip erdogan",
     "robert do niro": "robert de niro",
     "robert downey": "robert downey jr",
+    "robin wright": "robin wright penn",
     "rooh moo-hyan": "roh moo-hyun",
     "warren buffet": "warren buffett",
     "yulia tymoshenko": "julia tymoshenko",
@@ -171,34 +206,73 @@ def overlapping(people: Iterable[str], others: Iterable[str]) -> set[str]:
     return {str(name) for name in people if same_name(str(name)) in known}
 
 
+def plain_name(name: str) -> str:
+    """The name of an image, without the suffix of its file."""
+    return next((name[: -len(end)] for end in SUFFIXES if name.lower().endswith(end)), name)
+
+
 def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
-    """View 2 (pairs.txt) or View 1 (pairsDevTest.txt, one fold): a first line "folds pairs" or "pairs",
-    then per fold so many lines "name i j" of the same person and "name i other j" of two."""
+    """Pairs of the images called names (N,), with or without folders before and .jpg behind, out of a list of
+
+    - LFW: a first line "folds pairs" (View 2) or "pairs" (View 1, one fold), then per fold so many lines "name i j" of
+      one person and "name i other j" of two;
+    - RFW: such lines without the first one; or CALFW and CPLFW: lines "image.jpg flag", two a pair, 0 for two people.
+      Both need 20 lines, for of each kind of pairs the folds are ten runs in order.
+    """
     lines = read_lines(path)
     head = lines[0][1].split()
-    if len(head) > 2 or not all(_is_number(part) and int(part) > 0 for part in head):
+    titled = len(head) <= 2 and all(_is_number(part) and int(part) > 0 for part in head)
+    if not titled and (len(lines) < 20 or not 2 <= len(head) <= 4):
         raise UserError(f"{path}, line {lines[0][0]}: expected 'folds pairs' or 'pairs', got {lines[0][1]!r}")
-    folds, half = (1, int(head[0])) if len(head) == 1 else (int(head[0]), int(head[1]))
-    if len(lines) - 1 != 2 * folds * half:
+    folds, half = (1, int(head[0])) if len(head) == 1 else (int(head[0]), int(head[1])) if titled else (10, 0)
+    if titled and len(lines) - 1 != 2 * folds * half:
         raise UserError(
             f"{path}, line {lines[0][0]}: {2 * folds * half} pairs announced, {len(lines) - 1} lines follow"
         )
-    row = {str(name): i for i, name in enumerate(names)}
+    row: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if row.setdefault(plain_name(str(name)).rpartition("/")[2], i) != i:
+            raise UserError(f"names: {name} comes twice; the pairs of {path} tell images by the names of their files")
+    flags = not titled and len(head) == 2
+    if flags:
+        couples = zip_longest(lines[::2], lines[1::2], fillvalue=(0, ""))
+        lines = [(number, f"{first} {second}") for (number, first), (_, second) in couples]
     found = []
-    for place, (number, line) in enumerate(lines[1:]):
-        parts = line.split()
-        same = place % (2 * half) < half
-        if len(parts) != (3 if same else 4):
-            raise UserError(f"{path}, line {number}: expected {'name i j' if same else 'name i other j'}, got {line!r}")
-        pair = (parts[0], parts[1], parts[0], parts[2]) if same else tuple(parts)
-        ends = []
-        for person, shot in (pair[:2], pair[2:]):
-            name = f"{person}_{int(shot):04d}" if _is_number(shot) else f"{person}_{shot}"
+    for place, (number, line) in enumerate(lines[titled:]):
+        first, second, same = _two_images(line.split(), flags)
+        expected = place % (2 * half) < half if titled else same
+        if not first or same != expected:
+            form = "image flag image flag" if flags else "name i j" if expected else "name i other j"
+            raise UserError(f"{path}, line {number}: expected {form}, got {line!r}")
+        for name in (first, second):
             if name not in row:
                 raise UserError(f"{path}, line {number}: there is no image {name}")
-            ends.append(row[name])
-        found.append((ends[0], ends[1], same, place // (2 * half)))
-    return _pairs(found)
+        found.append((row[first], row[second], same, place // (2 * half) if titled else 0))
+    pairs = _pairs(found)
+    for side in () if titled else (True, False):
+        rows = np.flatnonzero(pairs.same == side)
+        if len(rows) < 10:
+            raise UserError(f"{path}: {len(rows)} pairs of {'one person' if side else 'two people'}, ten are needed")
+        for fold, part in enumerate(np.array_split(rows, 10)):
+            pairs.folds[part] = fold
+    return pairs
+
+
+def _two_images(parts: list[str], flags: bool) -> tuple[str, str, bool]:
+    """The images that a line of a list of pairs names, or two lines with flags; and whether they are of one person.
+    Empty names where it has another form."""
+    match parts:
+        case [first, flag, second, again] if flags and flag == again and _is_number(flag):
+            return plain_name(first), plain_name(second), flag != "0"
+        case [person, i, j] if not flags:
+            return _shot(person, i), _shot(person, j), True
+        case [person, i, other, j] if not flags:
+            return _shot(person, i), _shot(other, j), False
+    return "", "", False
+
+
+def _shot(person: str, number: str) -> str:
+    return f"{person}_{int(number):04d}" if _is_number(number) else f"{person}_{number}"
 
 
 def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:

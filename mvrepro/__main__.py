@@ -15,6 +15,7 @@ COMMANDS = {
     "notebook": "execute one report notebook with papermill",
     "describe": "count what the faces profile trains on and tests with",
     "data": "fetch, align, inspect, compare and convert sets of faces",
+    "embed": "embeddings of a set of images by a network, of ours or ONNX, for judge and data overlap",
     "judge": "judge anybody's embeddings (.npy) by any protocol",
     "claims": "judge the claims: results/claims.json and the table in README.md",
 }

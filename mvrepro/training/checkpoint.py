@@ -139,7 +139,8 @@ def write_checkpoint(path: Path, step: int, network: Network, about: dict[str, A
         everyones = {name: value for part in ranks.gather(hashes) for name, value in part.items()}
         with ranks.together():
             if ranks.rank == 0:
-                manifest = {"step": step, **about, "progress": progress, "files": everyones}
+                built = {"backbone": network.config.backbone, **network.built}
+                manifest = {"step": step, "built": built, **about, "progress": progress, "files": everyones}
                 write_json(aside / "manifest.json", manifest | {"sha256": _digest(manifest)})
                 _publish(aside, path)
     except UserError:
@@ -148,12 +149,19 @@ def write_checkpoint(path: Path, step: int, network: Network, about: dict[str, A
         raise
 
 
+def read_backbone(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """What networks.build made the backbone of a checkpoint from, its run's settings, and its weights by name.
+    Raises UserError."""
+    if fault := _fault(path):
+        raise UserError(f"{path} is not a readable checkpoint: {fault}")
+    manifest = _manifest(path)
+    return manifest.get("built", {}), manifest["about"], part_of(load_file(path / COMMON), "backbone.")
+
+
 def start_from(path: Path, network: Network) -> None:
     """Give the network the weights of a checkpoint; its loss may differ (that is how an MV loss starts from a margin
     model), and the number of ranks, its shapes may not. Raises UserError that names what does not fit."""
-    if fault := _fault(path):
-        raise UserError(f"{path} is not a readable checkpoint: {fault}")
-    backbone = part_of(load_file(path / COMMON), "backbone.")
+    _, _, backbone = read_backbone(path)
     ranks = [load_file(path / _own(rank)) for rank in range(len(_manifest(path)["files"]) - 1)]
     weight = torch.cat([state.get("head.weight", torch.empty(0)) for state in ranks])
     expected = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in network.backbone.state_dict().items()}

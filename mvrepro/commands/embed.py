@@ -1,0 +1,199 @@
+"""`python -m mvrepro embed`: the embeddings of a set of images by a network, for `judge` and `data overlap`."""
+
+import argparse
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mvrepro.errors import UserError, explain_os_error
+from mvrepro.files import TEMPORARY, read_json, write_atomic, write_json
+from mvrepro.images import Encoded, Files, Images, open_images, photographs, read_bin, small
+from mvrepro.images.storage import alone
+
+NOTE = """OUT gets embeddings.npy (N, D), names.txt with the image of each row, ids.txt with its person where the set
+says it, and about.json. What the network says of its input is taken from it; the first line printed tells. A call that
+was stopped goes on where it was.
+
+example:
+  python -m mvrepro embed model.onnx lfw embeddings/lfw
+  python -m mvrepro judge --protocol lfw --embeddings embeddings/lfw/embeddings.npy --names embeddings/lfw/names.txt"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, NOTE
+    text = 'an .onnx file (pip install "mvrepro[onnx]"); of ours, the folder of a checkpoint or a backbone.safetensors'
+    parser.add_argument("network", type=Path, help=text)
+    text = "lfw, cfp, celeba (in MVREPRO_DATA) or orl; a .bin; or a .rec, .tar or folder as training takes it"
+    parser.add_argument("images", help=text)
+    parser.add_argument("out", type=Path, help="folder for what is written")
+    parser.add_argument("--size", type=int, help="side of the images, which are resized to it")
+    parser.add_argument("--colour", choices=["rgb", "bgr", "grey"], help="order of the channels (default: rgb)")
+    text = "the network takes (pixel − MEAN)/STD of pixels 0 … 255"
+    parser.add_argument("--normalise", type=float, nargs=2, metavar=("MEAN", "STD"), help=text)
+    text = "add the embedding of the mirror image (default: as a checkpoint's run did; others: no)"
+    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, help=text)
+    parser.add_argument("--batch", type=int, default=32, help="images at once (default: 32)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: as many as there are cores)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with alone(arguments.out):  # two would write into one part
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    path, out = arguments.network, arguments.out
+    network = _network(path, arguments.threads)
+    size, channels = arguments.size or network.size, network.channels or (1 if arguments.colour == "grey" else 3)
+    colour = arguments.colour or ("grey" if channels == 1 else "rgb")
+    if size is None or not 1 <= size <= 4096:
+        raise UserError(f"{path} takes images of any size: say which with --size, in 1 … 4096")
+    if size != (network.size or size) or (colour == "grey") != (channels == 1):
+        side = network.size or size
+        raise UserError(f"{path} takes {side}×{side} pixels in {channels} channels, not {size}×{size} in {colour}")
+    mean, std = arguments.normalise or network.normalise
+    if std == 0 or arguments.batch < 1:
+        raise UserError("the STD of --normalise must not be 0, and --batch must be 1 or more")
+    mirror = bool(network.mirror) if arguments.mirror is None else arguments.mirror
+    print(f"{path}: {size}×{size} {colour}, (pixel − {mean:g})/{std:g}, {'with' if mirror else 'without'} mirroring")
+    source = _source(arguments.images, size)
+    names = _names(source)
+    about = {"network": _sha256(path), "images": arguments.images, "names": hashlib.sha256(names).hexdigest()}
+    about |= {"size": size, "colour": colour, "normalise": [mean, std], "mirror": mirror}
+    if _is_complete(out, about):
+        print(f"{out} has them all already")
+        return 0
+    batch = network.batch or arguments.batch
+
+    def embed(first: int) -> NDArray[np.float32]:
+        rows = range(first, min(first + batch, len(source)))
+        pixels = np.stack([_pixels(source, i, size, colour) for i in rows])
+        x = np.zeros((network.batch or len(rows), *pixels.shape[1:]), np.float32)
+        x[: len(rows)] = (pixels - np.float32(mean)) / np.float32(std)
+        y = network.run(x)
+        if y.ndim < 2 or y.size != len(x) * y.shape[1]:
+            raise UserError(f"{path}: expected embeddings ({len(x)}, D) of {len(x)} images, got {y.shape}")
+        if mirror:
+            y = y + network.run(np.ascontiguousarray(x[..., ::-1]))
+        if not np.isfinite(y[: len(rows)]).all():
+            raise UserError(f"{path}: among the embeddings of images {first} … {rows[-1]} are some that are no numbers")
+        return np.asarray(y.reshape(len(x), -1)[: len(rows)], "<f4")
+
+    first = embed(0)  # before anything is written: it may not fit
+    write_json(out / "about.json", about)
+    write_atomic(out / "names.txt", names)
+    if source.labels[0] >= 0:
+        people = source.classes or list(map(str, range(int(source.labels.max()) + 1)))
+        write_atomic(out / "ids.txt", _lines(people[label] for label in source.labels))
+    _write(out, len(source), batch, first, embed)
+    print(f"wrote {len(source):,} embeddings to {out}")
+    return 0
+
+
+def _network(path: Path, threads: int) -> Any:
+    """The Embedder of a file or folder."""
+    import torch
+
+    from mvrepro import interchange
+    from mvrepro.training import checkpoint
+
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.suffix == ".onnx":
+        return interchange.load_onnx(path, threads)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if not path.is_dir():
+        return interchange.embedder(*interchange.read_backbone(path))
+    built, settings, state = checkpoint.read_backbone(path)
+    if not built:
+        raise UserError(f"{path} was written before checkpoints said what network they hold: save it again")
+    return interchange.embedder(interchange.rebuilt(path, built, state), built, settings["flip"])
+
+
+def _source(images: str, size: int) -> Images:
+    if images == "orl":
+        return small.orl(size)
+    if images in photographs.SOURCES:
+        return photographs.files(images)
+    path = Path(images)
+    return read_bin(path)[0] if path.suffix == ".bin" else open_images(path, allow_holes=True, bad_limit=None)
+
+
+def _names(source: Images) -> bytes:
+    """What lists call the images; of a set that has no names, their numbers."""
+    if source.names is not None:
+        return _lines(source.names.tolist())
+    if isinstance(source, Files):
+        return _lines(str(source.path(i).relative_to(source.root)) for i in range(len(source)))
+    return _lines(map(str, range(len(source))))
+
+
+def _lines(lines: Iterable[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256((path / "manifest.json" if path.is_dir() else path).read_bytes()).hexdigest()
+
+
+def _pixels(source: Images, i: int, size: int, colour: str) -> NDArray[np.uint8]:
+    """Image i as (C, size, size); made smaller as photographs are for training."""
+    from PIL import Image
+
+    pixels = source.read(np.array([i]))[0]
+    if pixels.shape[1] != pixels.shape[2]:
+        where = source.where(i) if isinstance(source, Encoded) else f"image {i}"
+        raise UserError(f"{where}: {pixels.shape[2]}×{pixels.shape[1]} pixels, expected a square, aligned image")
+    image = Image.fromarray(pixels.transpose(1, 2, 0).squeeze()).convert("L" if colour == "grey" else "RGB")
+    if image.width != size:
+        image = image.resize((size, size), Image.Resampling.BOX if image.width > size else Image.Resampling.BILINEAR)
+    found = np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+    return found[::-1] if colour == "bgr" else found
+
+
+def _is_complete(out: Path, about: dict[str, Any]) -> bool:
+    """Whether all is there. Raises UserError where the folder holds something else."""
+    known = out / "about.json"
+    if known.is_file():
+        before = read_json(known)
+        if other := [
+            f"{name} was {before.get(name)}, is {value}" for name, value in about.items() if before.get(name) != value
+        ]:
+            raise UserError(f"{out} holds other embeddings: {other[0]}; remove it or choose another place")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already and holds no embeddings: choose another place")
+    return (out / "embeddings.npy").exists()
+
+
+def _write(
+    out: Path, count: int, batch: int, first: NDArray[np.float32], embed: Callable[[int], NDArray[np.float32]]
+) -> None:
+    """embeddings.npy (count, D), of which embed gives `batch` rows from one on. The size of the part that is there says
+    how far it is; whole batches stay, so that a call that goes on gives the bits of an unbroken one."""
+    part, header = out / f"{TEMPORARY}embeddings.npy", io.BytesIO()
+    row = first.shape[1] * first.itemsize
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (count, first.shape[1])}
+    np.lib.format.write_array_header_1_0(header, shape)
+    try:
+        with part.open("ab") as file:
+            done = max(0, file.tell() - header.tell()) // row // batch * batch
+            file.truncate(header.tell() + done * row if done else 0)
+            if not done:
+                file.write(header.getvalue() + first.tobytes())
+            with tqdm(total=count, initial=done or batch, unit="image", leave=False, disable=None) as bar:
+                for start in range(done or batch, count, batch):
+                    file.write(embed(start).tobytes())
+                    file.flush()
+                    bar.update(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(out / "embeddings.npy")
+    except OSError as error:
+        raise explain_os_error(error, f"write {out}") from None

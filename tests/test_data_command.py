@@ -85,6 +85,50 @@ def test_overlap_states_its_rule_and_finds_them(
     assert "expected a folder for each person" in call(capsys, "overlap", tmp_path / "empty", others, code=1)
 
 
+def test_a_network_finds_whom_names_miss_and_says_how_sure_it_is(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bo stands in the other set as Robert, george under his name but with another's face, Ann is not there."""
+    axes = np.eye(8)
+
+    def embedded(name: str, rows: dict[str, list[np.ndarray]]) -> Path:
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "embeddings.npy", np.concatenate([np.stack(x) for x in rows.values()]))
+        (tmp_path / name / "ids.txt").write_text("".join(f"{who}\n" * len(x) for who, x in rows.items()))
+        return tmp_path / name
+
+    ours = embedded(
+        "ours", {"Bo": [axes[0], 9 * axes[0]], "george  BUSH": [10 * axes[1] + axes[4]], "Ann_Lee": [axes[2]]}
+    )
+    theirs = embedded(
+        "theirs",
+        {"Cy": [axes[2] + 2 * axes[3]], "Robert": [4 * axes[0] + 3 * axes[3]], "George_W_Bush": [axes[4]]},
+    )
+    given = ("overlap", people, theirs, "--embeddings", ours, theirs)
+    printed = call(capsys, *given, "--out", tmp_path / "both.txt")
+    assert "1 of the 3 names" in printed
+    assert "the network finds 1 from 0.5 on, 0 of them by name, too; 2 are found by either" in printed
+    lines = {line.split()[0]: line.split()[1:6] for line in printed.splitlines() if line.startswith("  0.")}
+    # Ann is as near as 1/√5 = 0.447 to Cy, Bo as 0.8 to Robert; Cy and Robert are strangers with 2/√5 · 0.6 = 0.537
+    assert lines["0.40"] == ["1", "2", "2", "0", "0"] and lines["0.80"] == ["1", "1", "0", "0", "0"]
+    assert lines["0.50"] == ["0", "1", "2", "0", "0"] and lines["0.55"] == ["0", "1", "0", "0", "0"]
+    assert (tmp_path / "both.txt").read_text() == "Bo\ngeorge  BUSH\n"
+    assert (tmp_path / "both.txt.tsv").read_text().splitlines() == [
+        "person\tcosine\twith\tby_name", "Bo\t0.8000\tRobert\tFalse", "Ann_Lee\t0.4472\tCy\tFalse",
+        "george  BUSH\t0.0995\tGeorge_W_Bush\tTrue",
+    ]  # fmt: skip
+    for by, threshold, found in (("network", "0.4", ["Ann_Lee", "Bo"]), ("name", "0.4", ["george  BUSH"])):
+        printed = call(capsys, *given, "--by", by, "--threshold", threshold)
+        assert printed.splitlines()[-len(found) :] == found
+    printed = call(capsys, "convert", people, tmp_path / "out", "--to", "rec", "--without", tmp_path / "both.txt")
+    assert "wrote 1 images of 1 people" in printed and "2 people were left out" in printed
+    assert "1 of the 3 names" in call(capsys, "overlap", ours, theirs, "--embeddings", ours, theirs)  # without folders
+    error = call(capsys, "overlap", theirs, theirs, "--embeddings", ours, theirs, code=1)
+    assert error.endswith("Ann_Lee is not among the names (2 such people)\n")
+    np.save(ours / "embeddings.npy", np.ones((4, 3)))
+    assert "y must be (N, 3)" in call(capsys, *given, code=1)
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_overlap_and_convert_know_one_name_in_all_its_forms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: Literal["NFC", "NFD"]

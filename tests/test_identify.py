@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvrepro.protocols import identification as module
-from mvrepro.protocols import identify, megaface, tpr_at_far_distractors, tpr_at_fpr, trillion_pairs
+from mvrepro.protocols import identify, megaface, nearest_people, tpr_at_far_distractors, tpr_at_fpr, trillion_pairs
 
 often = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -139,6 +139,29 @@ def test_trillion_pairs_are_those_of_counting_one_by_one(seed: int, far: float) 
     assert found.identification.tpr == pytest.approx(expected)
     assert found.identification.false_accepts == sum(score > refused for score in nearest)
     assert [found.verification] == tpr_at_far_distractors(probes, ids, distractors, [0.01])
+
+
+@often
+@given(st.integers(0, 10_000), st.integers(1, 20))
+def test_the_two_nearest_people_are_those_of_comparing_all(seed: int, chunk: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(14, 5)), rng.normal(size=(9, 5))
+    ids, others = np.array(list("abcde"))[rng.permutation(14) % 5], np.array(list("fgh"))[rng.permutation(9) % 3]
+    people, whom, cosines = nearest_people(x, ids, 3 * y, others, chunk=chunk)
+    assert people.tolist() == list("abcde")
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        direction = sum(row / np.linalg.norm(row) for row in rows)
+        return direction / np.linalg.norm(direction)
+
+    for person, two, found in zip(people, whom, cosines, strict=True):
+        scores = sorted(((mean(x[ids == person]) @ mean(y[others == other]), other) for other in "fgh"), reverse=True)
+        assert two.tolist() == [other for _, other in scores[:2]]
+        np.testing.assert_allclose(found, [score for score, _ in scores[:2]], atol=1e-6)
+    with pytest.raises(ValueError, match="others must be two people at least, got 1"):
+        nearest_people(x, ids, y, np.full(9, "f"))
+    with pytest.raises(ValueError, match=r"the mean of each person's images must be .* row 0 is not"):
+        nearest_people(np.array([[1.0, 0], [-1, 0], [0, 1]]), ["a", "a", "b"], np.eye(2), ["f", "g"])
 
 
 def call(function, **changes):

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mvrepro import images
+from mvrepro import images, protocols
 from mvrepro.errors import UserError
-from mvrepro.files import write_atomic
+from mvrepro.files import read_column, write_atomic
 from mvrepro.images import align, fetch, photographs
 from mvrepro.images.storage import check_apart
 
@@ -25,7 +25,18 @@ PREPARE = """needs pip install "mvrepro[align]"; about 20 photos a second on a f
 A call that was stopped goes on where it was."""
 RULE = """The rule: names are the same when they are so with blanks for underscores, one blank for several,
 without case, and by the spellings in mvrepro.images.photographs.SPELLINGS. Nothing else: no initials, no accents,
-no other order."""
+no other order.
+
+By a network: two people are as alike as the mean directions of their images, and taken for one from --threshold on.
+How sure that is, the table says for each cosine: how many people of the first list reach it; how many would by chance,
+if they were as alike to strangers as the others are among themselves (too many where these have one person under two
+names); how many do with a second one, too; and which share of those with a name of the others. Children look alike.
+
+example:
+  python -m mvrepro embed model.onnx people/ emb/people
+  python -m mvrepro embed model.onnx lfw emb/lfw
+  python -m mvrepro data overlap people/ emb/lfw --embeddings emb/people emb/lfw --out shared.txt
+  python -m mvrepro data convert people/ clean/ --to rec --without shared.txt"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--decode", action="store_true", help="decode every image, too, and name those that fail")
 
     sub = add("overlap", "whom two lists of names share: the paper's “-R” step", RULE, _overlap)
-    sub.add_argument("names", type=Path, help="a list with a name a line, or a folder with a folder a person")
+    text = "a list with a name a line, a folder with a folder a person, or a folder that embed wrote"
+    sub.add_argument("names", type=Path, help=text)
     sub.add_argument("others", type=Path, help="the same for the people to remove, such as those of a test set")
-    sub.add_argument("--out", type=Path, help="write the shared names there, as they stand in the first list")
+    text = "write the shared names there, as they stand in the first list; with --embeddings also OUT.tsv, the cosines"
+    sub.add_argument("--out", type=Path, help=text)
+    text = "two folders that embed wrote, by one network: of the first people and of the others"
+    sub.add_argument("--embeddings", type=Path, nargs=2, metavar="FOLDER", help=text)
+    text = "with --embeddings: who is found by name, by the network, or by either (both, the default)"
+    sub.add_argument("--by", choices=["name", "network", "both"], default="both", help=text)
+    text = "cosine from which two people are taken for one (default: 0.5)"
+    sub.add_argument("--threshold", type=float, default=0.5, help=text)
 
     sub = add("convert", "write a training set in another format", "", _convert)
     _set_argument(sub)
@@ -146,8 +165,19 @@ def histogram(counts: NDArray[np.int64]) -> str:
 def _overlap(arguments: argparse.Namespace) -> int:
     names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
+    alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)
     print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
           f"in {arguments.others}; {len(names) - len(shared):,} remain")  # fmt: skip
+    if chance is not None:
+        seen = {name for name, (cosine, *_) in alike.items() if cosine >= arguments.threshold}
+        print(_evidence(alike, shared, chance))
+        print(f"the network finds {len(seen):,} from {arguments.threshold:g} on, {len(seen & shared):,} of them by "
+              f"name, too; {len(seen | shared):,} are found by either")  # fmt: skip
+        if arguments.out:
+            lines = [f"{name}\t{cosine:.4f}\t{whom}\t{name in shared}" for name, (cosine, _, whom) in alike.items()]
+            text = "\n".join(["person\tcosine\twith\tby_name", *lines])
+            write_atomic(arguments.out.with_name(f"{arguments.out.name}.tsv"), f"{text}\n")
+        shared = {"name": shared, "network": seen, "both": shared | seen}[arguments.by]
     listed = [name for name in names if name in shared]
     if arguments.out:
         write_atomic(arguments.out, "".join(f"{name}\n" for name in listed))
@@ -155,6 +185,47 @@ def _overlap(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(listed))
     return 0
+
+
+def _alike(
+    names: list[str], ours: Path, theirs: Path
+) -> tuple[dict[str, tuple[float, float, str]], NDArray[np.float32]]:
+    """Of each of `names` that has embeddings the two best cosines with the others, and whose is the first, the most
+    alike first; and of each of the others (P,) the best with another of themselves."""
+    from mvrepro.interchange import load_embeddings  # which needs torch
+
+    (x, ids), (y, others) = (
+        (load_embeddings(folder / "embeddings.npy"), np.array(read_column(folder / "ids.txt")))
+        for folder in (ours, theirs)
+    )
+    try:
+        people, whom, cosines = protocols.nearest_people(x, ids, y, others)
+        chance = protocols.nearest_people(y, others, y, others)[2][:, 1]  # the first is the same person
+    except ValueError as error:
+        raise UserError(f"{ours} and {theirs}: {error}") from None
+    called = {photographs.same_name(name): name for name in names}
+    if unknown := [name for name in people.tolist() if photographs.same_name(name) not in called]:
+        raise UserError(f"{ours / 'ids.txt'}: {unknown[0]} is not among the names ({len(unknown):,} such people)")
+    order = np.argsort(-cosines[:, 0], kind="stable")
+    found = zip(people[order].tolist(), cosines[order].tolist(), whom[order, 0].tolist(), strict=True)
+    return {
+        called[photographs.same_name(name)]: (first, second, other) for name, (first, second), other in found
+    }, chance
+
+
+def _evidence(alike: dict[str, tuple[float, float, str]], shared: set[str], chance: NDArray[np.float32]) -> str:
+    """A line for every 0.05 of the best cosine."""
+    best, second = np.array([cosines for *cosines, _ in alike.values()]).T
+    named = np.array([alike[name][0] for name in shared & alike.keys()])
+    edges = np.arange(30, 95, 5) / 100
+    bins = np.histogram(best, [-2, *edges, 2])[0][1:]
+    lines = ["cosine   people  from there on  by chance  second best  same names"]
+    for edge, count in zip(edges, bins, strict=True):
+        above, twice, expected = np.sum(best >= edge), np.sum(second >= edge), len(best) * np.mean(chance >= edge)
+        share = f"{100 * np.mean(named >= edge):.0f} %" if len(named) else "–"
+        bar = "█" * round(BAR * count / max(1, bins.max()))
+        lines.append(f"{edge:6.2f} {count:8,} {above:14,} {expected:10,.0f} {twice:12,} {share:>11}  {bar}".rstrip())
+    return "\n".join(lines)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from mvrepro.protocols.identification import (
     TrillionPairs,
     identify,
     megaface,
+    nearest_people,
     tpr_at_far_distractors,
     trillion_pairs,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "impostor_pairs",
     "kfold_accuracy",
     "megaface",
+    "nearest_people",
     "pair_cosines",
     "pair_scores",
     "tpr_at_far_distractors",

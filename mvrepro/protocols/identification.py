@@ -7,7 +7,7 @@ distractor's can thus be told apart, or not, by rounding where they differ by le
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -174,6 +174,38 @@ def trillion_pairs(
     (point,) = tpr_at_fpr(found.score, found.best[-1], [far_identification])
     share = found.share_found(np.maximum(found.best[-1], np.nextafter(point.threshold, -np.inf)))
     return TrillionPairs(Operating(far_identification, share, point.threshold, point.false_accepts), found.points[0])
+
+
+def nearest_people(
+    x: ArrayLike, ids: ArrayLike, y: ArrayLike, others: ArrayLike, *, chunk: int = 1024
+) -> tuple[NDArray[Any], NDArray[Any], Scores]:
+    """Which two of `others` each person of `ids` looks like most: people (P,) in order, whom (P, 2), cosines (P, 2).
+
+    x (N, D) with ids (N,), y (M, D) with others (M,), two of them at least. A person is the mean direction of the
+    person's images, which a few bad ones turn little; the best of single images would grow with their number.
+    ValueError as identify.
+    """
+    (people, mine), (whose, theirs) = _directions(x, ids), _directions(y, others)
+    _check(mine, theirs, "y")
+    positive_chunk(chunk)
+    if len(whose) < 2:
+        raise ValueError(f"others must be two people at least, got {len(whose)}")
+    where, cosines = np.empty((len(mine), 2), np.intp), np.empty((len(mine), 2), np.float32)
+    for a in range(0, len(mine), chunk):
+        block = (mine[a : a + chunk] @ theirs.T).astype(np.float32)
+        two = np.argpartition(block, -2, axis=1)[:, -2:]
+        order = np.argsort(-np.take_along_axis(block, two, axis=1), axis=1)
+        where[a : a + chunk] = np.take_along_axis(two, order, axis=1)
+        cosines[a : a + chunk] = np.take_along_axis(block, where[a : a + chunk], axis=1)
+    return people, whose[where], cosines
+
+
+def _directions(x: ArrayLike, ids: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    rows, who = rows_and_ids(x, ids)
+    people, codes = np.unique(who, return_inverse=True)
+    sums = np.zeros((len(people), rows.shape[1]))
+    np.add.at(sums, codes, rows)
+    return people, unit(sums, "the mean of each person's images")
 
 
 # One pass over the distractors

@@ -199,7 +199,8 @@ def index() -> str:
     text = text.replace("<!-- verdicts -->", verdicts().replace("(paper/claims.toml)", f"({first})"))
     text = text.replace("<!-- notebooks -->", reading()).replace("<!-- answer -->", answer())
     trees = [tree(f"Profile {each}", [f"{short(p)} <{each}/{p.stem}>" for p in notebooks(each)]) for each in profiles()]
-    trees.insert(1, tree("Try", ["a loss in your hands <interactive>", "training at scale <scale>"]))
+    more = ["a loss in your hands <interactive>", "training at scale <scale>", "conventions of others <conventions>"]
+    trees.insert(1, tree("Try", more))
     return text + "".join(trees)
 
 
@@ -249,7 +250,7 @@ def main() -> int:
         for path in notebooks(profile):
             write_json(PAGES / profile / path.name, page(path, data))
     write_atomic(PAGES / "index.md", index())
-    for name in ("scale.md", "interactive.md"):
+    for name in ("scale.md", "interactive.md", "conventions.md"):
         write_atomic(PAGES / name, resolve((DOCS / name).read_text(encoding="utf-8"), "docs", "../../"))
     shutil.copy(DOCS / "interactive" / "widget.html", PAGES)
     options = ["-q", "-W", "--keep-going", "-c", str(DOCS), "-d", str(BUILD / "doctrees")]

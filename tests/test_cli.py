@@ -491,6 +491,7 @@ def test_an_interruption_of_any_command_is_one_message(
         "notebook": ["01"],
         "runs": ["quick"],
         "data": ["inspect", "x"],
+        "embed": ["x", "x", "x"],
         "judge": ["--protocol", "lfw", "--embeddings", "x"],
     }
     assert main([name, *needed.get(name, [])]) == 130

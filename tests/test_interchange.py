@@ -347,6 +347,27 @@ def test_the_other_protocols_are_reached(lfw: Path, capsys: pytest.CaptureFixtur
     assert error.startswith("mvrepro judge: blufr: ")  # 4 impostor pairs measure no FAR of 0.1 %
 
 
+def test_names_with_folders_before_them_are_known(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As embed writes them of a folder with a folder a person."""
+    names = (lfw / "names.txt").read_text().split()
+    (lfw / "deep.txt").write_text("".join(f"{name[:4]}/{name}.jpg\n" for name in names))
+    given = ("--embeddings", lfw / "e.npy", "--pairs", lfw / "pairs.txt", "--names")
+    assert judged(capsys, "lfw", *given, lfw / "deep.txt") == judged(capsys, "lfw", *given, lfw / "names.txt")
+    every = [*names, *(f"S{i:02d}_0001" for i in range(100))]
+    rng = np.random.default_rng(3)
+    np.save(lfw / "b.npy", np.concatenate([np.load(lfw / "e.npy"), rng.normal(size=(100, 8))]))
+    for kind, rows in (("test", every), ("gallery", names[::2]), ("probe", [*names[1::2], *every[24:]])):
+        (lfw / f"{kind}_set.txt").write_text(f"1\n{len(rows)}\n" + "".join(f"{i}, {n}\n" for i, n in enumerate(rows)))
+    (lfw / "every.txt").write_text("".join(f"x/{name}.jpg\n" for name in every))
+    printed = judged(capsys, "blufr", "--embeddings", lfw / "b.npy", "--names", lfw / "every.txt", "--lists", lfw)
+    trials = protocols.blufr_trials(every, lfw)
+    found = protocols.blufr(np.load(lfw / "b.npy"), trials)
+    assert printed == [
+        f"vr@far=0.001: {100 * found.vr_summary:.2f} %", f"dir@far=0.01: {100 * found.dir_summary:.2f} %",
+        f"strict dir@far=0.01: {100 * found.strict_dir_summary:.2f} %",
+    ]  # fmt: skip
+
+
 def test_what_is_missing_is_named(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     e = lfw / "e.npy"
     assert "the protocol lfw needs --names, too" in fails(capsys, "lfw", "--embeddings", e)

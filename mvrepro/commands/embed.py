@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import TEMPORARY, read_json, write_atomic, write_json
 from mvrepro.images import Encoded, Files, Images, open_images, photographs, read_bin, small
+from mvrepro.images.storage import alone
 
 NOTE = """OUT gets embeddings.npy (N, D), names.txt with the image of each row, ids.txt with its person where the set
 says it, and about.json. What the network says of its input is taken from it; the first line printed tells. A call that
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    with alone(arguments.out):  # two would write into one part
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     path, out = arguments.network, arguments.out
     network = _network(path, arguments.threads)
     size, channels = arguments.size or network.size, network.channels or (1 if arguments.colour == "grey" else 3)

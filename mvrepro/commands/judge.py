@@ -127,6 +127,7 @@ def _all_pairs(embeddings: Any, ids: Any, fprs: tuple[float, ...] = (1e-3,)) -> 
 
 def _blufr(embeddings: Any, names: Any, lists: Path | None = None) -> Metrics:
     """BLUFR on LFW: mean − standard deviation over its trials; DIR by its authors' rule and by that of VR."""
+    names = [name.rpartition("/")[2] for name in names]  # of a folder of folders
     trials = protocols.blufr_trials(names, lists or photographs.folder("lfw") / "blufr")
     found = protocols.blufr(embeddings, trials)
     dirs = {"dir@far=0.01": found.dir_summary, "strict dir@far=0.01": found.strict_dir_summary}

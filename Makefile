@@ -7,6 +7,10 @@ SAMPLE ?=
 PAGES ?=
 PORT ?= 8000
 REPO ?=
+MINUTES ?= 10
+OUT ?= scratch/gpu
+DEVICE ?= cuda
+TINY ?=
 
 VENV := .venv
 BOOK := .venv-book
@@ -27,7 +31,7 @@ export PYTHONHASHSEED := 0
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce status validate figures test lint lab book serve test-book test-extras badges clean clean-env
+.PHONY: help env reproduce status validate figures test lint lab book serve test-book test-extras badges gpu gpu-pack clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +99,15 @@ badges: env ## Binder and Colab badges in README for REPO=owner/name on GitHub (
 test-extras: env ## the tests that need optional packages: alignment, ONNX, downloads, TensorBoard, other heads
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-extras.txt
 	@$(BIN)/python -m pytest -q -m extra tests
+
+# Without an environment of the project's own: torch, numpy, scipy, pandas, pillow, safetensors, pyyaml, tqdm and pytest do.
+GPU := $(or $(wildcard $(BIN)/python),python3) -m benchmarks gpu
+
+gpu: ## all that a GPU is wanted for: tests, the head, the loop, evidence (MINUTES=10 OUT=scratch/gpu DEVICE=cuda TINY=)
+	@$(GPU) --minutes $(MINUTES) --out $(OUT) --device $(DEVICE) $(if $(filter-out 0,$(TINY)),--tiny)
+
+gpu-pack: ## the photographs that its evidence is made of, small, in one file: build/gpu-pack.zip
+	@$(GPU) --write-pack
 
 clean: ## remove what this machine remembers, the book and scratch runs; committed results stay
 	rm -rf .mvrepro build scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis

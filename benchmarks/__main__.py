@@ -6,6 +6,7 @@ from mvrepro.__main__ import main
 
 BENCHMARKS = {
     "head": "what the head costs, in bare matrix products and in memory",
+    "gpu": "all that a GPU is wanted for, in so many minutes: tests, the head, the loop, evidence",
     "loop": "what the training loop costs on top of the backbone's bare passes",
 }
 

@@ -14,12 +14,11 @@ Evidence trains on a pack, one file of small photographs that `--write-pack` mak
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,8 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT, atomic_file, display, read_json, write_atomic, write_json
+from mvrepro.files import ROOT, display, read_json, write_atomic, write_json
 from mvrepro.images import Memory, Pixels, decode, photographs, small, write_rec
 from mvrepro.images.storage import kept_array
 
@@ -48,7 +48,7 @@ SHARES = {"tests": 0.3, "head": 0.25, "loop": 0.17, "evidence": 0.28}  # of the 
 SLACK = 20  # seconds that a part which is asked to end may still take
 PACK = ROOT / "build" / "gpu-pack.zip"
 LIMIT = 30 * 2**20  # bytes of a pack
-FORMS = ((64, 85), (64, 70), (56, 70), (48, 70), (32, 70))  # side and quality of its WebPs, the first that fits
+SIDES, QUALITY = (64, 56, 48, 40, 32), 70  # of its WebPs: the largest side that fits
 LISTS = ("pairs.txt", *(f"blufr/{kind}_set.txt" for kind in ("test", "gallery", "probe")))
 LOSSES = ("Softmax", "AM-Softmax", "MV-AM-Softmax-f", "MV-AM-Softmax-a", "Arc-Softmax", "MV-Arc-Softmax-a")
 
@@ -161,19 +161,20 @@ def tests(job: Job) -> None:
         def pytest_runtest_logreport(report: Any) -> None:
             if report.failed:
                 found["failed"][report.nodeid] = str(report.longrepr)[-2000:]
+                job.write(found)
             elif report.skipped:
-                found["skipped"][report.nodeid] = str(report.longrepr[-1])
+                why = str(report.longrepr[-1]).removeprefix("Skipped: ")
+                found["skipped"][why] = found["skipped"].get(why, 0) + 1
             elif report.when == "call":
                 found["passed"] += 1
-                return
-            if report.when != "teardown" or report.failed:
-                job.write(found)
+                if found["passed"] % 20 == 0:
+                    job.write(found)
 
         @staticmethod
         def pytest_runtest_protocol(item: Any) -> None:
             if job.left() < 0:
                 item.session.shouldstop = "the time of this part is over"
-                found["stopped_at"] = item.nodeid
+                found["stopped_after"] = item.nodeid
 
     words = ["-q", "-p", "no:cacheprovider", "--tb=short", str(ROOT / "tests" / "test_gpu.py")]
     # all of them there would take minutes, and CI runs them anyway
@@ -268,7 +269,7 @@ def _encoded(job: Job, settings: dict[str, Any]) -> Memory:
 
     side, classes = settings["image_size"], settings["synthetic_classes"]
     if job.pack.exists() and not job.tiny:
-        faces = Pack(job.pack).read("train", 64).pixels[:2000]
+        faces = Pack(job.pack).read("train", 32).pixels[:2000]
     else:
         faces = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), np.uint8)
     jpegs = []
@@ -293,34 +294,274 @@ def evidence(job: Job) -> None:
 
 
 def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
+    from mvrepro.training.config import TrainConfig
     from mvrepro.training.loop import CODE
 
     about = {"sha256": Pack(pack).sha256(), "images": len(Pack(pack).table)}
     wanted = [settings | {"device": job.device} for settings in _wanted(job.tiny)]
     for side in {settings["image_size"] for settings in wanted}:
         Pack(pack).read("test", side)  # decoded once, for all processes
-    name = _device(job)
+    name = _provenance(job)["device"]
     kept = [run for run in before if run.get("pack") == about and run.get("code") == CODE]
     runs = [run for run in kept if run["provenance"]["device"] == name]
     made = [run["config"] for run in runs]
-    wanted = [settings for settings in wanted if not any(settings.items() <= _hashable(c).items() for c in made)]
-    failed: dict[str, str] = {}
-    record: dict[str, Any] = {"pack": about, "failed": failed}
-    with ProcessPoolExecutor(1 if job.tiny else job.jobs, get_context("spawn")) as pool:
-        pending: dict[Future[Any], dict[str, Any]] = {}
-        while (wanted or pending) and job.left() > 0:
-            while wanted and len(pending) < job.jobs:
-                settings = wanted.pop(0)
-                pending[pool.submit(train_on, settings, pack)] = settings
-            done, _ = wait(pending, max(0, job.left()), FIRST_COMPLETED)
-            for future in done:
-                settings = pending.pop(future)
-                try:
-                    runs.append(future.result() | {"pack": about})
-                except Exception as error:
-                    failed[" ".join(map(str, settings.values()))] = str(error)
-                    record["error"] = f"{len(failed)} runs failed"
-            job.write(record | {"runs": runs, "not_reached": len(wanted) + len(pending)})
+    wanted = [settings for settings in wanted if TrainConfig(**settings).decisive() not in made]
+    record: dict[str, Any] = {"pack": about, "failed": {}}
+    start = partial(ProcessPoolExecutor, 1 if job.tiny else job.jobs, get_context("spawn"))
+    pool, pending = start(), {}
+    while (wanted or pending) and job.left() > 0:
+        while wanted and len(pending) < job.jobs:
+            settings = wanted.pop(0)
+            pending[pool.submit(train_on, settings, pack)] = TrainConfig(**settings)
+        done, _ = wait(pending, max(0, job.left()), FIRST_COMPLETED)
+        for future in done:
+            config = pending.pop(future)
+            try:
+                runs.append(future.result() | {"pack": about})
+            except Exception as error:
+                record["failed"][f"{config.backbone}, {config.run_name()}"] = f"{type(error).__name__}: {error}"
+                record["error"] = f"{len(record['failed'])} runs failed"
+                if isinstance(error, BrokenProcessPool) and not pending:
+                    pool = start()
         job.write(record | {"runs": runs, "not_reached": len(wanted) + len(pending)})
-        for process in pool._processes.values():  # what is half-way has no time left
-            process.kill()
+    job.write(record | {"runs": runs, "not_reached": len(wanted) + len(pending)})
+    pool.shutdown(wait=not pending, cancel_futures=True)
+
+
+def _wanted(tiny: bool) -> Iterator[dict[str, Any]]:
+    """The settings of the runs, the most important first."""
+    from mvrepro.commands.train import profile_settings
+
+    small: dict[str, Any] = profile_settings("faces") | {"data": "pack"}
+    large = small | {"backbone": "iresnet-18", "image_size": 48, "embedding_dim": 512, "bfloat16": True}
+    if tiny:
+        small |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "milestones": (1,)}
+        yield from (small | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[1:3])
+        return
+    for settings, seed in ((small, 0), (large, 0), (large, 1), (small, 1), (large, 2), (small, 2)):
+        yield from (settings | {"loss": loss, "seed": seed} for loss in LOSSES)
+
+
+# The pack
+
+
+def selection(side: int) -> dict[str, Pixels]:
+    """Who is in the pack: LFW to test on, those who are in no test to train on, and those to choose settings by."""
+    from mvrepro.training.people import select
+
+    train, dev, _ = select("lfw", side)
+    return {"test": photographs.lfw(side), "train": train, "dev": dev}
+
+
+def write_pack(path: Path, select: Callable[[int], dict[str, Pixels]], lists: Path | None = None) -> str:
+    """A pack of these sets at the largest of SIDES with which it keeps to LIMIT; says what it holds. lists: the folder
+    of LFW's lists. Raises UserError where even the smallest is too large."""
+    lists = lists or photographs.folder("lfw")
+    for side in SIDES:
+        sets = select(side)
+        faces = [face for images in sets.values() for face in images.pixels]
+        sample = faces[:: max(1, len(faces) // 500)]
+        if sum(map(len, map(_webp, sample))) / len(sample) * len(faces) > LIMIT:
+            continue
+        with ThreadPoolExecutor() as threads:
+            contents = list(threads.map(_webp, faces))
+        rows = [
+            (name, str(own), str(person))
+            for name, images in sets.items()
+            for own, person in zip(images.labels if images.names is None else images.names, images.people, strict=True)
+        ]
+        table = "".join("\t".join((*row, str(len(c)))) + "\n" for row, c in zip(rows, contents, strict=True))
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("images.tsv", table)
+            file.writestr("images.bin", b"".join(contents), zipfile.ZIP_STORED)
+            for name in LISTS:
+                file.writestr(f"lists/{name}", (lists / name).read_bytes())
+            with suppress(UserError), io.BytesIO() as orl:
+                np.save(orl, small.orl(32).pixels)
+                file.writestr("orl.npy", orl.getvalue())
+        if len(buffer.getvalue()) <= LIMIT:
+            write_atomic(path, buffer.getvalue())
+            counts = ", ".join(f"{len(images):,} to {what}" for what, images in sets.items())
+            return f"{display(path)}: {counts}, {side}×{side}, {len(buffer.getvalue()) / 2**20:.1f} MiB"
+    raise UserError(f"{len(faces)} images take more than {LIMIT / 2**20:.0f} MiB even at {SIDES[-1]}×{SIDES[-1]}")
+
+
+def _webp(face: NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(face.transpose(1, 2, 0)).save(buffer, "WEBP", quality=QUALITY)
+    return buffer.getvalue()
+
+
+class Pack:
+    """What write_pack wrote. table (N, 3): set, name and person of each image."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as file:
+                rows = [line.split("\t") for line in file.read("images.tsv").decode().splitlines()]
+        except (OSError, zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{display(path)} is no pack: {error}") from None
+        self.table = np.array([row[:3] for row in rows])
+        self.ends = np.cumsum([int(row[3]) for row in rows])
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def read(self, which: str, side: int) -> Pixels:
+        """One of the sets at side × side pixels, at most those of the pack."""
+        from PIL import Image
+
+        def one(content: bytes) -> NDArray[np.uint8]:
+            face = Image.fromarray(decode(content).transpose(1, 2, 0))
+            if side > face.width:
+                raise UserError(f"{display(self.path)} holds images of {face.width}×{face.width} pixels, not {side}")
+            return np.asarray(face.resize((side, side), Image.Resampling.BOX)).transpose(2, 0, 1)
+
+        def build() -> NDArray[np.uint8]:
+            with zipfile.ZipFile(self.path) as file:
+                content = file.read("images.bin")
+            starts = [0, *self.ends[:-1].tolist()]
+            with ThreadPoolExecutor() as threads:
+                return np.stack(list(threads.map(one, (content[a:b] for a, b in zip(starts, self.ends, strict=True)))))
+
+        few = len(self.table) < 5000
+        pixels = build() if few else kept_array(f"faces/pack-{side}", [self.path], build)
+        rows = self.table[:, 0] == which
+        return Pixels.of_people(np.array(pixels[rows]), self.table[rows, 2], self.table[rows, 1])
+
+    def orl(self) -> NDArray[np.uint8] | None:
+        """(400, 1, 32, 32), where the pack has them."""
+        with zipfile.ZipFile(self.path) as file, suppress(KeyError), file.open("orl.npy") as array:
+            return np.load(io.BytesIO(array.read()))  # type: ignore[no-any-return]
+        return None
+
+    def lists(self, folder: Path) -> Path:
+        """LFW's lists, in this folder."""
+        with zipfile.ZipFile(self.path) as file:
+            for name in LISTS:
+                file.extract(f"lists/{name}", folder)
+        return folder / "lists"
+
+
+def tiny_pack(folder: Path) -> Path:
+    """A pack of noise, 24×24: to test on 20 people with three images, and with one as many as an FPR of 1e-6 needs; 20
+    people with six to train on, 30 with two beside."""
+    random = np.random.default_rng(0)
+
+    def people(prefix: str, counts: list[int]) -> Pixels:
+        who = np.repeat([f"{prefix}_{i:04d}" for i in range(len(counts))], counts)
+        shots = np.concatenate([np.arange(1, count + 1) for count in counts])
+        own = np.repeat(random.integers(0, 256, (len(counts), 3, 24, 24)), counts, 0)
+        pixels = (own + random.integers(0, 256, own.shape)) // 2
+        return Pixels.of_people(
+            pixels.astype(np.uint8), who, np.array([f"{p}_{s:04d}" for p, s in zip(who, shots, strict=True)])
+        )
+
+    sets = {"test": people("A", [3] * 20 + [1] * 1400), "train": people("T", [6] * 20), "dev": people("D", [2] * 30)}
+    names = sets["test"].names
+    assert names is not None
+    pairs = ["10\t2"]
+    for fold in range(10):
+        pairs += [f"A_{2 * fold + i:04d}\t1\t2" for i in range(2)]
+        pairs += [f"A_{2 * fold + i:04d}\t1\tA_{(2 * fold + i + 5) % 20:04d}\t3" for i in range(2)]
+    write_atomic(folder / "pairs.txt", "\n".join(pairs) + "\n")
+    first = [f"A_{i:04d}_0001" for i in range(20)]
+    for kind, chosen in (("test", names), ("gallery", first), ("probe", sorted(set(names) - set(first)))):
+        lines = [f"{i}, {name}.jpg" for i, name in enumerate(chosen)]
+        write_atomic(folder / f"blufr/{kind}_set.txt", "\n".join(["1", str(len(lines)), *lines]) + "\n")
+    write_pack(folder / "pack.zip", lambda side: sets, folder)
+    return folder / "pack.zip"
+
+
+def train_on(settings: dict[str, Any], pack: Path) -> dict[str, Any]:
+    """The record of a run on a pack."""
+    from mvrepro.training.config import TrainConfig
+    from mvrepro.training.loop import train
+    from mvrepro.training.tasks import TASKS
+
+    TASKS["pack"] = partial(_task, pack)
+    return train(TrainConfig(**settings))
+
+
+def _task(path: Path, image_size: int, fprs: tuple[float, ...]) -> Any:
+    from mvrepro.training.tasks import on_lfw
+
+    pack = Pack(path)
+    test, train, dev = (pack.read(which, image_size) for which in ("test", "train", "dev"))
+    with tempfile.TemporaryDirectory() as folder:
+        return on_lfw(test, train, dev, {}, fprs, pack.lists(Path(folder)))
+
+
+# What is shown
+
+
+def table(path: Path) -> str:
+    """The record of a part, for people."""
+    try:
+        record = read_json(path)
+    except (OSError, ValueError):
+        return f"{path.stem}: nothing was measured"
+    lines = [f"\n{path.stem}, {record['seconds']:.0f} s" + (f": {record['error']}" if "error" in record else "")]
+    if path.stem == "tests":
+        lines.append(f"  {record.get('passed', 0)} passed")
+        lines += [f"  {count} skipped: {why}" for why, count in record.get("skipped", {}).items()]
+        lines += [f"  failed: {name}" for name in record.get("failed", ())]
+        if "stopped_after" in record:
+            lines.append(f"  not reached: what follows {record['stopped_after']}")
+    for entry in record.get("shapes", ()):
+        if "chunk_mib" in entry:
+            ratios = ", ".join(f"{mib} MiB {ratio:.2f}" for mib, ratio in entry["chunk_mib"].items())
+            lines.append(f"\n  {entry['dtype']}, K {entry['K']:,}, × products by the size of a chunk: {ratios}")
+        elif "cases" in entry:
+            lines.append(f"\n{entry['dtype']}:{bench_table(entry)}")
+    for name, found in record.get("measured", {}).items():
+        lines.append(f"  {name}: {loop_sentence(found)}")
+    for found in record.get("runs", ()):
+        config, metrics = found["config"], found["metrics"]
+        chosen = ", ".join(f"{k} {100 * metrics[k]:.1f}" for k in ("lfw_accuracy", "rank1") if k in metrics)
+        about = f"{config['backbone']}, {config['image_size']}×{config['image_size']}, {config['loss']}"
+        top1 = found["learned"]["top1"]
+        lines.append(f"  {about}, seed {config['seed']}: {chosen} %; learned: top-1 {100 * top1:.0f} %")
+    return "\n".join(lines)
+
+
+def bench_table(entry: dict[str, Any]) -> str:
+    from benchmarks.head import table
+
+    return table(entry)
+
+
+def loop_sentence(record: dict[str, Any]) -> str:
+    from benchmarks.loop import sentence
+
+    return sentence(record)
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    from mvrepro.provenance import provenance
+
+    return provenance(time.perf_counter(), job.device, 1)
+
+
+def main(words: str) -> None:
+    """In the process of a part."""
+    given = json.loads(words)
+    job = Job(**given | {name: Path(given[name]) for name in ("out", "pack")})
+    try:
+        {"tests": tests, "head": head, "loop": loop, "evidence": evidence}[job.part](job)
+    except Exception as error:
+        record: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            record = read_json(job.out)
+        text = str(error) if isinstance(error, UserError) else traceback.format_exc()[-2000:]
+        job.write(record | {"error": text})
+    sys.stdout.flush()
+    os._exit(0)  # runs that are half-way have no time left
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -6,15 +6,19 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks import head as bench
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.head import table
 from mvrepro.__main__ import main
+from mvrepro.errors import UserError
 from mvrepro.evidence.compare import Comparison, _compare_report
 from mvrepro.files import ROOT
+from mvrepro.images import Pixels
 
 
 def benchmark(*arguments):
@@ -142,9 +146,9 @@ def test_the_table_marks_what_was_not_measured():
 
 def test_measured_times_are_not_compared(tmp_path):
     path = tmp_path / "head.json"
-    path.write_text('{"kind": "measured", "shapes": [1.0]}')
     result = Comparison()
-    _compare_report(result, path, b'{"kind": "measured", "shapes": [2.0]}', False)
+    old, new = b'{"kind": "measured", "shapes": [1.0]}', b'{"kind": "measured", "shapes": [2.0]}'
+    _compare_report(result, path, old, new, False)
     assert not result.different
 
 
@@ -157,3 +161,111 @@ def test_the_loop_against_the_bare_backbone(tmp_path):
     assert record["ratio"] > 0 and record["rounds"] == 3 and record["kind"] == "measured"
     done = call("benchmarks", "loop", *words.split(), "--rounds", "0")
     assert done.returncode == 1 and done.stderr == "benchmarks loop: --rounds must be 1 or more, got 0\n"
+
+
+# ---------------------------------------------------------------- all that a GPU is wanted for
+
+
+def test_every_part_in_its_smallest_form(tmp_path):
+    """What `make gpu` does on a GPU, on a CPU and in a process, as it is called there."""
+    done = call("benchmarks", "gpu", "--device", "cpu", "--tiny", "--minutes", "4", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests, head, loop, evidence = (json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.SHARES)
+    assert tests["passed"] > 50 and not tests["failed"]
+    assert [entry["dtype"] for entry in head["shapes"]] == ["tf32", "float32"] and head["not_reached"] == []
+    assert head["shapes"][0]["cases"]["fused, keep=none"]["ratio"] > 0 and len(head["shapes"][1]["chunk_mib"]) == 4
+    assert list(loop["measured"]) == ["noise", "recordio"]
+    assert loop["measured"]["recordio"]["config"]["data"] != "synthetic"
+    assert [run["config"]["loss"] for run in evidence["runs"]] == ["AM-Softmax", "MV-AM-Softmax-f"]
+    for run in evidence["runs"]:
+        assert "lfw_accuracy" in run["metrics"] and run["provenance"]["device"].startswith("CPU")
+        assert run["config"]["tf32"] is False and run["config"]["bfloat16"] is False and run["code"]
+        assert run["pack"] == evidence["pack"] and run["pack"]["images"] > 1000
+    assert all(record["kind"] == "measured" and record["tiny"] for record in (tests, head, loop, evidence))
+    shown = (tmp_path / "table.txt").read_text()
+    assert shown in done.stdout and "passed" in shown and "by the size of a chunk" in shown and "top-1" in shown
+
+
+def job(tmp_path, part, **changes):
+    about = {"until": time.time() + 60, "device": "cpu", "tiny": False, "jobs": 1, "pack": tmp_path / "none.zip"}
+    return gpu.Job(**{"part": part, "out": tmp_path / f"{part}.json", **about, **changes})
+
+
+def test_a_part_that_fails_says_why_and_the_next_goes_on(tmp_path, monkeypatch, capsys):
+    words = ["--device", "cpu", "--parts", "evidence", "--pack", str(tmp_path / "none.zip"), "--out", str(tmp_path)]
+    assert benchmark("gpu", *words) == 1
+    assert f"there is no {tmp_path / 'none.zip'}: `make gpu-pack` makes it" in capsys.readouterr().out
+    found = gpu._part(job(tmp_path, "nothing"))
+    assert "KeyError: 'nothing'" in found["error"] and "KeyError" in gpu.table(tmp_path / "nothing.json")
+    found = gpu._part(job(tmp_path, "tests", until=time.time() - 1))
+    assert found["passed"] == 1 and "test_sweep_agrees" in found["stopped_after"] and "error" not in found
+    monkeypatch.setattr(gpu, "SLACK", 0)
+    found = gpu._part(job(tmp_path, "loop", until=time.time()))
+    assert found["error"] == "stopped: it did not end in its time"
+
+
+def test_options_of_the_gpu_are_checked_first(tmp_path, capsys):
+    for words, message in {
+        "--device cuda:99": "device 'cuda:99' can't be used: ",
+        "--device cpu --minutes 0": "--minutes must be more than 0 and --jobs 1 or more",
+    }.items():
+        assert benchmark("gpu", *words.split(), "--out", str(tmp_path / "out")) == 1
+        assert capsys.readouterr().err.startswith(f"benchmarks gpu: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pack_holds_what_was_put_into_it(tmp_path, monkeypatch):
+    pack = gpu.Pack(gpu.tiny_pack(tmp_path))
+    test, train, dev = (pack.read(which, 24) for which in ("test", "train", "dev"))
+    assert (len(test), len(train), len(dev)) == (1460, 120, 60) and test.pixels.shape[1:] == (3, 24, 24)
+    assert (
+        test.names[0] == "A_0000_0001"
+        and test.people[3] == "A_0001"
+        and train.labels.tolist() == sorted([*range(20)] * 6)
+    )
+    assert pack.read("dev", 12).pixels.shape[1:] == (3, 12, 12)
+    assert pack.orl().shape == (400, 1, 32, 32)
+    assert (pack.lists(tmp_path / "here") / "pairs.txt").read_bytes() == (tmp_path / "pairs.txt").read_bytes()
+    with pytest.raises(UserError, match=r"holds images of 24×24 pixels, not 32"):
+        pack.read("test", 32)
+    (tmp_path / "other.zip").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"other\.zip is no pack: "):
+        gpu.Pack(tmp_path / "other.zip")
+
+
+def raiser(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_a_pack_is_as_large_as_it_may_be(tmp_path, monkeypatch):
+    """The people of the task, at the largest side that keeps to the limit."""
+    noise = lambda side, n=40: np.random.default_rng(0).integers(0, 256, (n, 3, side, side), np.uint8)
+    sets = lambda side: Pixels.of_people(noise(side), np.repeat([f"{i:02}" for i in range(10)], 4))
+    monkeypatch.setattr(gpu.photographs, "lfw", sets)
+    monkeypatch.setattr("mvrepro.training.people.select", lambda tested, side: (sets(side), sets(side), {}))
+    monkeypatch.setattr(gpu.small, "orl", raiser(UserError("not here")))
+    gpu.tiny_pack(tmp_path)  # for its lists
+    monkeypatch.setattr(gpu.photographs, "folder", lambda name: tmp_path)
+    sizes = {}
+    for limit in (2**20, 260_000):
+        monkeypatch.setattr(gpu, "LIMIT", limit)
+        said = gpu.write_pack(tmp_path / "pack.zip", gpu.selection)
+        sizes[limit] = (tmp_path / "pack.zip").stat().st_size
+        assert said.startswith(f"{tmp_path / 'pack.zip'}: 40 to test, 40 to train, 40 to dev, ")
+        side = int(said.split("×")[1].split(",")[0])
+        assert sizes[limit] <= limit and gpu.Pack(tmp_path / "pack.zip").read("train", side).pixels.shape[-1] == side
+    assert sizes[260_000] < sizes[2**20] and gpu.Pack(tmp_path / "pack.zip").orl() is None
+    monkeypatch.setattr(gpu, "LIMIT", 1000)
+    with pytest.raises(UserError, match=r"120 images take more than 0 MiB even at 32×32"):
+        gpu.write_pack(tmp_path / "pack.zip", gpu.selection)
+    assert (tmp_path / "pack.zip").stat().st_size == sizes[260_000]
+
+
+def test_a_case_that_cannot_take_a_step_is_named(monkeypatch):
+    monkeypatch.setitem(bench.CASES, "naive", raiser(RuntimeError("no such kernel\nand more")))
+    found = bench.time_shape(["naive", "dense"], (4, 11, 8), "cpu", "float32", 0.0)
+    assert found["failed"] == {"naive": "no such kernel"} and list(found["cases"]) == ["dense"]
+    assert "naive                   no such kernel" in table({"B": 4, "K": 11, "D": 8, **found})

@@ -1,6 +1,8 @@
 """The networks: their published sizes, what they compute, what they refuse, and their files."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from mvrepro import interchange, networks
 from mvrepro.errors import UserError
+from mvrepro.files import ROOT
 from mvrepro.networks import parameter_count
 
 
@@ -227,6 +230,38 @@ def test_files_that_name_no_size_are_of_aligned_faces(tmp_path: Path, trained: n
     save_file(trained.state_dict(), tmp_path / "other")
     with pytest.raises(UserError, match="other does not say which backbone it holds"):
         interchange.load_backbone(tmp_path / "other")
+
+
+@pytest.mark.parametrize("cap", [{}, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}], ids=["", "AVX2"])
+def test_a_strided_point_convolution_of_few_channels_is_right(cap: dict[str, str]) -> None:
+    """With channels last torch's own dies of SIGSEGV or SIGABRT in the backward pass: on a CPU with AVX-512 with 4 and
+    8 channels, and with 4 where it is held to AVX2. In a process of its own, since both settings are read once."""
+    code = """
+import torch
+from mvrepro.networks import StridedPoints, build
+for width, side in [(4, 16), (4, 56), (8, 64), (8, 112)]:
+    torch.manual_seed(0)
+    exact = torch.nn.Conv2d(width, 8, 1, 2, bias=False).double()
+    ours = StridedPoints(width, 8, 1, 2, bias=False)
+    ours.load_state_dict(exact.state_dict())
+    ours = ours.to(memory_format=torch.channels_last)
+    x = torch.randn(4, width, side, side, requires_grad=True)
+    y = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    exact(x.double()).square().mean().backward()
+    ours(y).square().mean().backward()
+    torch.testing.assert_close(ours.weight.grad, exact.weight.grad.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-8)
+net = build("iresnet-tiny", image_size=112, embedding_dim=8).to(memory_format=torch.channels_last)
+net(torch.randn(6, 3, 112, 112).contiguous(memory_format=torch.channels_last)).sum().backward()
+print("whole")
+"""
+    capped = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+    settings = {name: value for name, value in os.environ.items() if name not in capped}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=settings | cap | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
 
 
 def test_onnx_traces_on_the_models_own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

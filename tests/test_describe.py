@@ -36,7 +36,7 @@ def test_describe_without_data_says_where_to_get_it(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "data.json").exists()
 
 
-def test_evidence_is_read_as_arrays(tmp_path):
+def test_evidence_is_read_as_arrays(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "made-up"
     folder.mkdir(parents=True)
     correct = np.array([1, 0, 1, 1, 0, 0, 1, 0], bool)
@@ -45,6 +45,7 @@ def test_evidence_is_read_as_arrays(tmp_path):
         config = {"loss": loss, "t": 0.2, "seed": 7, "variant": variant}
         (folder / f"{i}.json").write_text(json.dumps({"config": config, "evidence": {"lfw": part}}))
     (folder / "3.json").write_text(json.dumps({"config": {"loss": "Softmax", "t": 0.2, "seed": 0}}))
+    monkeypatch.setattr(runs, "default_t", lambda profile: 0.2)
     found = runs.evidence("made-up", "lfw", tmp_path)
     assert set(found) == {("AM-Softmax", 0.0, 7), ("MV-AM-Softmax-a", 0.2, 7)}
     one = found["AM-Softmax", 0.0, 7]

@@ -150,7 +150,7 @@ def test_a_checkpoint_is_embedded_as_its_run_tested(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = TrainConfig(
-        "toy", "AM-Softmax", str(people), "iresnet-tiny", 4, epochs=1, batch_size=2, lr=0.1, milestones=(),
+        "AM-Softmax", str(people), "iresnet-tiny", 4, epochs=1, batch_size=2, lr=0.1, milestones=(),
         image_size=12, workers=0, device="cpu",
     )  # fmt: skip
     train(config, save=tmp_path / "saved")

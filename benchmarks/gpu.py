@@ -154,7 +154,7 @@ def tests(job: Job) -> None:
     """tests/test_gpu.py: how many passed, and what the others said."""
     import pytest
 
-    found: dict[str, Any] = {"passed": 0, "skipped": {}, "failed": {}}
+    found: dict[str, Any] = {"passed": 0, "skipped": {}, "failed": {}, "provenance": _provenance(job)}
 
     class Recorder:
         @staticmethod
@@ -206,6 +206,7 @@ def head(job: Job) -> None:
         wanted += [("shape", dtype, tenth, cases) for dtype in ("bfloat16", "tf32", "float32")]
     on_gpu, budget = job.device.startswith("cuda"), 0.5 if job.tiny else 6.0
     record: dict[str, Any] = {"loss": bench.LOSS, "left_out": absent, "shapes": [], "not_reached": []}
+    record["provenance"] = _provenance(job)
     for kind, dtype, shape, which in wanted:
         entry: dict[str, Any] = dict(zip("BKD", shape, strict=True)) | {"dtype": dtype}
         if job.left() < 0:
@@ -221,7 +222,7 @@ def head(job: Job) -> None:
             entry["error"] = record["error"] = str(error)[-2000:]
         record["shapes"].append(entry)
         job.write(record)
-    job.write(record | {"provenance": _provenance(job)})
+    job.write(record)
 
 
 def loop(job: Job) -> None:
@@ -506,6 +507,9 @@ def table(path: Path) -> str:
     except (OSError, ValueError):
         return f"{path.stem}: nothing was measured"
     lines = [f"\n{path.stem}, {record['seconds']:.0f} s" + (f": {record['error']}" if "error" in record else "")]
+    if "provenance" in record:
+        versions = ", ".join(f"{name} {version}" for name, version in record["provenance"]["versions"].items())
+        lines.append(f"  {record['provenance']['device']}; {versions}")
     if path.stem == "tests":
         lines.append(f"  {record.get('passed', 0)} passed")
         lines += [f"  {count} skipped: {why}" for why, count in record.get("skipped", {}).items()]

@@ -5,12 +5,14 @@ A run is {"ranks": R, "arguments": […], "kill": [rank, where, n] or null}: SIG
 {"ranks": R, "check": a function of this module}.
 """
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import torch
@@ -128,6 +130,19 @@ def accumulation():
     torch.testing.assert_close(loss, sum(losses) / 2)
     for name, grad in gradients(net).items():
         torch.testing.assert_close(grad, (parts[0][name] + parts[1][name]) / 2, rtol=1e-4, atol=1e-6)
+    return 0
+
+
+def released():
+    """What holds the process group is gone before it is destroyed, and not only when garbage is collected: else the end
+    of a run may wait for ever."""
+    dist.init_process_group("gloo")
+    net, feed = build()
+    net.step(feed, 0, 0.1)
+    held = weakref.ref(net.ddp)
+    gc.disable()
+    net.release()
+    assert held() is None and net.ddp is None
     return 0
 
 

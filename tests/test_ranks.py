@@ -228,7 +228,7 @@ def test_bad_input_is_one_readable_message(tmp_path, faces):
 
 
 def test_gradients_over_ranks():
-    checks = [(1, "clipping"), (2, "clipping"), (1, "accumulation"), (2, "accumulation")]
+    checks = [(1, "clipping"), (2, "clipping"), (1, "accumulation"), (2, "accumulation"), (2, "released")]
     for (ranks, name), (codes, _, errors) in zip(
         checks, worker(*({"ranks": r, "check": name} for r, name in checks)), strict=True
     ):

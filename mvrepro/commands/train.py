@@ -9,7 +9,7 @@ from typing import Any, get_origin
 
 from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT, display
+from mvrepro.files import ROOT, display, read_yaml
 from mvrepro.training.config import TrainConfig, check, from_settings, kind
 
 
@@ -107,9 +107,7 @@ def options(arguments: argparse.Namespace) -> TrainConfig:
 
 def profile_settings(profile: str) -> dict[str, Any]:
     """The training settings of a profile in params.yaml. Raises UserError with the known profiles."""
-    import yaml
-
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = read_yaml(ROOT / "params.yaml")
     known = [name for name, section in params.items() if isinstance(section, dict) and "train" in section]
     if profile not in known:
         raise UserError(f"unknown profile {profile!r}; params.yaml has: {', '.join(known)}")

@@ -25,17 +25,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mvrepro.determinism import ENVIRONMENT, environment
+from mvrepro.determinism import CAPS, environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
-from mvrepro.provenance import TRAINING, code_hash, code_parts, committed
+from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, config_hash
 from mvrepro.training.config import TrainConfig, from_settings
 
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
@@ -53,9 +53,13 @@ class Step:
     writes: tuple[Path, ...]
     command: str = ""  # of a stage
     config: TrainConfig | None = None  # of a run
+    base: TrainConfig | None = None  # of the run with whose network it begins
+    keeps: bool = False  # whether another run begins with its network
 
     def needs(self, other: "Step") -> bool:
         """True where it reads what the other writes, or a folder around that or below."""
+        if self.base and other.config == self.base:
+            return True
         pairs = itertools.product(self.reads, other.writes)
         return any(read == out or read in out.parents or out in read.parents for read, out in pairs)
 
@@ -70,7 +74,8 @@ class Step:
         if self.config:
             from mvrepro.training import loop
 
-            loop.run(self.config, self.writes[0])
+            begin = network_of(self.base) if self.base else None
+            loop.run(self.config, self.writes[0], keep=network_of(self.config) if self.keeps else None, begin=begin)
             keep_committed(self.writes[0])
             return
         sys.argv, said = shlex.split(self.command)[2:], io.StringIO()
@@ -93,6 +98,11 @@ def known() -> list[str]:
     return [name for name, section in params.items() if isinstance(section, dict) and "runs" in section]
 
 
+def network_of(config: TrainConfig) -> Path:
+    """Where a run leaves its network for those that begin with it; on this machine alone."""
+    return LOCAL / "networks" / config.profile / config.run_name()
+
+
 def runs(profile: str, folder: Path = RESULTS / "runs", **changes: Any) -> list[Step]:
     """The runs of a profile in the order of params.yaml, whose records go to <folder>/<profile>/<run_name>.json.
 
@@ -108,7 +118,25 @@ def runs(profile: str, folder: Path = RESULTS / "runs", **changes: Any) -> list[
             record = folder / profile / f"{config.run_name()}.json"
             writes = (record, record.with_suffix(".safetensors")) if config.data == "digits" else (record,)
             found.append(Step(f"{profile}/{config.run_name()}", (), TRAINING, writes, config=config))
-    return found
+    plain = {(s.config.loss, s.config.seed): s.config for s in found if s.config and not s.config.variant}
+    bases = {s.name: plain.get((s.config.after, s.config.seed)) for s in found if s.config and s.config.after}
+    if lost := [name for name, base in bases.items() if base is None]:
+        raise UserError(f"params.yaml, {profile}: {lost[0]} begins after a run that the profile does not list")
+    return [replace(s, base=bases.get(s.name), keeps=s.config in bases.values()) for s in found]
+
+
+def with_bases(todo: Sequence[Step], steps: Sequence[Step]) -> list[Step]:
+    """These runs, and in the order of `steps` those with whose network one of them begins where this machine doesn't
+    have it from this code: they are trained again."""
+    wanted = {step.name for step in todo}
+    for step in todo:
+        if step.base:
+            have, manifest = None, network_of(step.base) / "manifest.json"
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                have = (read_json(manifest)["made_by"]["config_hash"], read_json(manifest)["made_by"]["code"])
+            if have != (config_hash(step.base.decisive()), code_hash()):
+                wanted |= {base.name for base in steps if base.config == step.base}
+    return [step for step in steps if step.name in wanted]
 
 
 def _flat(value: Any) -> list[Any]:
@@ -126,6 +154,8 @@ def lacking(steps: Sequence[Step]) -> dict[str, str]:
         with contextlib.suppress(UserError):  # a setting that is no longer known; a newer one has its default there
             if step.config and from_settings(record["config"], "").decisive() == step.config.decisive():
                 reasons[step.name] = "was made by other code" if record.get("code") != code else ""
+            if step.base and record.get("began_with", {}).get("config_hash") != config_hash(step.base.decisive()):
+                reasons[step.name] = "began with a network of other settings"
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -252,6 +282,8 @@ class Memory:
 
     def has(self, step: Step) -> bool:
         """True where the step was computed here from just this, and its outputs are still the same."""
+        if step.config and step.keeps and not network_of(step.config).is_dir():
+            return False
         return step.name in self.known and self.known[step.name] == [step.inputs(), digest(step.writes)]
 
     def remember(self, step: Step) -> None:
@@ -296,7 +328,8 @@ def compute(
     """Compute steps side by side in processes that live on, in their order, each when what it needs is done; yields
     each as it ends. What was done stays done, whatever happens to the others.
 
-    skip: is asked of a step when it could begin; capped: with the settings of mvrepro.determinism.
+    skip: is asked of a step when it could begin; capped: where a run is portable, with the caps of
+    mvrepro.determinism.
     Raises UserError when a step fails, when a process dies, and for steps whose inputs changed meanwhile.
     """
     write_atomic(probe := RESULTS / f"{TEMPORARY}probe", b"")  # say at once, not after minutes, what can't be written
@@ -306,7 +339,7 @@ def compute(
     behind = {step.name: {o.name for o in steps if o is not step and step.needs(o)} for step in steps}
     waiting, done, moved = list(steps), set[str](), list[str]()
     running: dict[Future[None], tuple[Step, str]] = {}
-    bar, pool = tqdm(total=len(steps), unit="step", disable=None), _workers(jobs, capped)
+    bar, pools = tqdm(total=len(steps), unit="step", disable=None), [_workers(jobs, False), _workers(jobs, True)]
     try:
         while waiting or running:
             ready = [s for s in waiting if behind[s.name] <= done]
@@ -318,6 +351,7 @@ def compute(
                     done.add(step.name)
                     bar.update()
                 else:
+                    pool = pools[capped and (step.config is None or step.config.portable)]
                     running[pool.submit(step.compute)] = step, step.inputs()
             finished = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             # Those that failed last: what ended in the same instant is done and stays done.
@@ -344,7 +378,8 @@ def compute(
             child.terminate()
         raise
     finally:
-        pool.shutdown()
+        for pool in pools:
+            pool.shutdown()
         bar.close()
     if moved:
         raise UserError(f"what {', '.join(moved)} is made from changed while it was: run the same command again")
@@ -352,13 +387,13 @@ def compute(
 
 def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:
     os.environ.update(environment(threads=1))
-    for name in () if capped else ENVIRONMENT:
-        del os.environ[name]
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin)
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (capped,))
 
 
-def _begin() -> None:
+def _begin(capped: bool) -> None:
     """What a worker does first: it prints to .mvrepro/log, and ends when its parent does, however that ended."""
+    for name in () if capped else CAPS:
+        os.environ.pop(name, None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
     os.chdir(ROOT)
     LOCAL.mkdir(exist_ok=True)

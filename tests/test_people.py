@@ -85,6 +85,16 @@ def test_who_trains_for_lfw(data: Path) -> None:
     assert sum(value for name, value in sizes.items() if name.endswith("_images")) == len(train)
 
 
+def test_the_people_of_the_test_are_left_in_and_as_many_others_taken_out(data: Path) -> None:
+    clean, _, _ = people.select("lfw", 2)
+    draws = [people.select("lfw", 2, "others", seed) for seed in range(6)]
+    for train, _, sizes in draws:
+        assert len(counted(train)) == len(counted(clean))
+        tested = counted(train).keys() - counted(clean).keys()
+        assert 0 < len(tested) <= sizes["people_also_tested"]
+    assert len({tuple(counted(train)) for train, _, _ in draws}) > 1
+
+
 def test_who_trains_for_cfp(data: Path) -> None:
     """With LFW's people in the place of CFP's. Eve Eff is one of CFP's, by name."""
     train, dev, sizes = people.select("cfp", 2)
@@ -149,5 +159,5 @@ def test_the_table_of_the_sets_is_what_is_selected() -> None:
     assert {row["name"] for row in rows} == {"celeba", "cfp", *archives.ARCHIVES}
     assert {
         f"{row['name']}_{what}": row[what] for row in rows for what in ("people", "images", "removed_people")
-    } == sizes
+    } | {"people_also_tested": 0} == sizes
     assert all(row["get"] and row["terms"] and row["title"] and row["owner"] for row in rows)

@@ -336,6 +336,7 @@ NAMES = {
         "blufr_dir@far=0.01",
         "rank1",
         "dev_tpr@fpr=0.001",
+        "dev_rank1",
     ],
     "cfp": [
         "cfp_ff_accuracy",
@@ -344,6 +345,7 @@ NAMES = {
         "tpr@fpr=0.001",
         "tpr_by_person@fpr=0.01",
         "dev_tpr@fpr=0.001",
+        "dev_rank1",
     ],
 }
 
@@ -382,12 +384,18 @@ def test_dev_metrics_are_of_the_dev_people_alone(small: World, name: str) -> Non
     dev = task.test.labels[own:]
     (expected,) = protocols.tpr_at_fpr(*protocols.pair_scores(embeddings[own:], dev), (0.001,))
     assert 0 < metrics["dev_tpr@fpr=0.001"] == expected.tpr < 1
+    unit = embeddings[own:] / np.linalg.norm(embeddings[own:], axis=1, keepdims=True)
+    order = np.argsort(dev, kind="stable")
+    scores = unit[order[1::2]] @ unit[order[::2]].T
+    assert metrics["dev_rank1"] == pytest.approx(np.mean(scores.argmax(1) == np.arange(len(scores))), abs=1e-9)
     changed = embeddings.copy()
     changed[:own] = np.random.default_rng(1).normal(size=changed[:own].shape)
-    assert task.judge(changed, WEIGHTS)[0]["dev_tpr@fpr=0.001"] == expected.tpr
+    theirs = task.judge(changed, WEIGHTS)[0]
+    assert all(theirs[key] == metrics[key] for key in ("dev_tpr@fpr=0.001", "dev_rank1"))
     changed = embeddings.copy()
     changed[own:] = np.random.default_rng(1).normal(size=changed[own:].shape)
-    assert {k for k, v in task.judge(changed, WEIGHTS)[0].items() if v != metrics[k]} <= {"dev_tpr@fpr=0.001", "rank1"}
+    moved = {k for k, v in task.judge(changed, WEIGHTS)[0].items() if v != metrics[k]}
+    assert moved <= {"dev_tpr@fpr=0.001", "dev_rank1", "rank1"}
 
 
 def kfold_parts(world: World, name: str) -> list[tuple[str, photographs.Pairs]]:
@@ -478,6 +486,17 @@ def test_evidence_of_rank_1_is_that_of_a_search_by_hand(small: World) -> None:
     assert part["rates"] == sorted(part["rates"], reverse=True)
     assert 0.1 < part["rates"][-1] < part["rates"][0] <= 1
     assert metrics["rank1"] == part["rates"][-1] == pytest.approx(found.mean(), abs=1e-6)
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(part["correct"]), np.uint8), count=len(found)).astype(bool)
+    assert np.array_equal(bits, found)
+
+
+def test_harder_pairs_are_judged_where_the_folder_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = made_up(tmp_path)
+    monkeypatch.setenv("MVREPRO_DATA", str(tmp_path))
+    (tmp_path / "lfw/hard_pairs.txt").write_text((tmp_path / "lfw/pairs.txt").read_text())
+    metrics, evidence = judged(world, "lfw")
+    assert metrics["hard_accuracy"] == metrics["lfw_accuracy"]
+    assert evidence["hard"] == evidence["lfw"]
 
 
 def test_evidence_of_blufr_is_that_of_the_protocol(small: World) -> None:

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.pages:
             chosen = pages(steps)
         elif arguments.sample is not None:
-            chosen = sampled(steps, arguments.sample)
+            chosen = pipeline.with_bases(sampled(steps, arguments.sample), steps)
         skip = (lambda step: False) if arguments.force else memory.has
         for step in pipeline.compute(chosen, skip, jobs=arguments.jobs):
             memory.remember(step)

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _tolerance(arguments.profile, steps, arguments.tolerance, arguments.jobs)
     lacking = pipeline.lacking(steps)
     todo = [step for step in steps if arguments.force or step.name in lacking]
+    todo = pipeline.with_bases(todo, pipeline.runs(arguments.profile))
     for _ in pipeline.compute(todo, lambda step: False, jobs=arguments.jobs):
         pass
     print(f"{arguments.profile}: trained {len(todo)} of {len(steps)} runs; the others are current")

@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def set_environment(config: TrainConfig) -> None:
     """What must be so before torch starts."""
     if config.deterministic:
-        os.environ.update(environment(config.threads))
+        os.environ.update(environment(config.threads, portable=config.portable))
     else:
         for name in ENVIRONMENT:  # what makes bits repeatable makes products slow
             os.environ.pop(name, None)

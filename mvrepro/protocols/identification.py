@@ -30,12 +30,17 @@ PROBES = 4096  # rows of a block of scores, so that memory doesn't grow with the
 
 @dataclass(frozen=True)
 class Identification:
-    """rates (S, R) float64: the share of the pairs whose mate is within rank ranks[r] among sizes[s] distractors."""
+    """rates (S, R) float64: the share of the pairs whose mate is within rank ranks[r] among sizes[s] distractors.
+    found (pairs,) bool: whose mate is within ranks[0] among sizes[-1], in the order of probes, then of the gallery."""
 
     sizes: tuple[int, ...]
     ranks: tuple[int, ...]
     rates: NDArray[np.float64]
-    pairs: int
+    found: NDArray[np.bool_]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.found)
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,9 @@ def identify(
             block = small[a : a + PROBES] @ y.T.astype(np.float32)
             block[own[a : a + PROBES]] = -np.inf
             best.add(a, block, block.max(axis=1))
-    rates = [
-        [best.rate(probe, score, rank) for rank in ranks] for _ in _scan(small, distractors, sizes, chunk, best.add)
-    ]
-    return Identification(tuple(sizes), tuple(ranks), np.array(rates), len(probe))
+    scan = _scan(small, distractors, sizes, chunk, best.add)
+    rates = [[float(best.within(probe, score, rank).mean()) for rank in ranks] for _ in scan]
+    return Identification(tuple(sizes), tuple(ranks), np.array(rates), best.within(probe, score, ranks[0]))
 
 
 def tpr_at_far_distractors(
@@ -271,10 +275,10 @@ class _Best:
         both = np.concatenate([top[rows], block[rows]], axis=1)
         top[rows] = np.partition(both, both.shape[1] - self.count, axis=1)[:, -self.count :]
 
-    def rate(self, probe: Rows, score: Scores, rank: int) -> float:
-        """The share of the pairs with fewer than `rank` competitors at or above their score."""
+    def within(self, probe: Rows, score: Scores, rank: int) -> NDArray[np.bool_]:
+        """Which of the pairs have fewer than `rank` competitors at or above their score."""
         at = self.count - rank
-        return float(np.mean(score > np.partition(self.top, at, axis=1)[probe, at]))
+        return np.asarray(score > np.partition(self.top, at, axis=1)[probe, at])
 
 
 def _scan(

@@ -77,6 +77,10 @@ class TrainConfig:
     stop_gradient: bool = setting("no gradient through the emphasis of the adaptive form; not in the paper", False)
     t_warmup: int = setting("steps over which t grows from 0 (after the margin epochs)", 0, COUNT)
     margin_epochs: int = setting("epochs with t = 0 before the others: starts from the margin model", 0, COUNT)
+    after: str = setting(
+        "a loss: begin with the network that the profile's run of this loss and seed ended with (python -m mvrepro "
+        "runs; for a checkpoint of your own: --start-from)", "",
+    )  # fmt: skip
     annealing: bool = setting("A-Softmax with the annealed λ of the authors' code", False)
     sample_rate: float = setting("share of the classes that a step sees (Partial FC)", 1.0, SHARE)
     update_in_backward: bool = setting("the head's gradient never exists as a whole: less memory, no clipping", False)
@@ -87,6 +91,7 @@ class TrainConfig:
     compile: bool = setting("torch.compile the backbone", False)
     sync_bn: bool = setting("batch norms see the batch of all ranks", False)
     deterministic: bool = setting("the same bits on the same hardware; slower", True)
+    portable: bool = setting("the same bits on all x86 processors, by instructions up to AVX2; slower", True)
     device: str = setting("auto, cpu, cuda, cuda:1, … (under torchrun each rank takes the GPU of its number)", "auto")
     threads: int = setting("CPU threads of each process; another number gives other last bits", 1, (1, 1024))
     # the test

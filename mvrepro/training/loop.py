@@ -30,11 +30,11 @@ from mvrepro.training.testing import Test, Tested, learned
 CODE = code_hash()  # of what is imported here, so of what trains; the files may change while it does
 
 
-def run(config: TrainConfig, out: Path) -> dict[str, Any]:
+def run(config: TrainConfig, out: Path, *, keep: Path | None = None, begin: Path | None = None) -> dict[str, Any]:
     """`train` for a pipeline: a run that was stopped goes on where it was, unless settings or code have changed, and
-    when the record lies at `out` nothing else is left."""
+    when the record lies at `out` nothing else is left but the network, where `keep` has a place for it."""
     work = LOCAL / "training" / config.profile / config.run_name()
-    record = train(config, out=out, work=work, resume="same")
+    record = train(config, out=out, work=work, save=keep, begin=begin, resume="same")
     shutil.rmtree(work, ignore_errors=True)
     return record
 
@@ -62,6 +62,8 @@ def train(
     """
     started = time.perf_counter()
     check(config)
+    if config.after and not begin:
+        raise UserError("--after is for the runs of params.yaml: here --start-from names the checkpoint to begin with")
     if save and save.exists() and not (save / "manifest.json").is_file():
         raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
     for place in filter(None, (out, work, save)):
@@ -82,11 +84,12 @@ def train(
             tested = session.test.run()
         session.tell(order.steps, tested, logs)
         if save:
-            write_checkpoint(save, order.steps, network, {"about": session.about()}, {})
+            write_checkpoint(save, order.steps, network, {"about": session.about(), "made_by": made_by(config)}, {})
         record = {
             "config": config.decisive(),
             "config_hash": config_hash(config.decisive()),
             "code": CODE,
+            **({"began_with": read_json(begin / "manifest.json")["made_by"]} if begin else {}),
             "sizes": session.sizes(),
             "metrics": tested.metrics,
             "learned": learned(session.task, network, course.curve),
@@ -101,6 +104,11 @@ def train(
         if logs:
             logs.close()
     return record
+
+
+def made_by(config: TrainConfig) -> dict[str, str]:
+    """What tells a network that was kept from one of other settings or code."""
+    return {"run": config.run_name(), "config_hash": config_hash(config.decisive()), "code": CODE}
 
 
 def prepare(config: TrainConfig, ranks: Ranks) -> "Session":

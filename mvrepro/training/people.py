@@ -9,9 +9,12 @@ MOST = 60  # images a person: some have hundreds, and would be most of the train
 LEAST = 3
 
 
-def select(tested: str, size: int) -> tuple[Pixels, Pixels, dict[str, int]]:
+def select(tested: str, size: int, remove: str = "overlap", seed: int = 0) -> tuple[Pixels, Pixels, dict[str, int]]:
     """(train, dev, sizes) for the test set "lfw" or "cfp"; the other of the two is trained on. Who is in several sets
     by name is one person.
+
+    remove, seed: "others" leaves the people of the test set in, to see what that matters, and takes out as many others
+    instead, whom the seed draws
 
     train  people with LEAST images or more, of whom MOST at most are taken, without those whom the test set has by
            name or to a published network (overlap.tsv)
@@ -33,7 +36,14 @@ def select(tested: str, size: int) -> tuple[Pixels, Pixels, dict[str, int]]:
     )
     named = np.isin(every.people, [photographs.same_name(person) for person in _tested(tested)])
     gone = np.isin(every.labels, every.labels[of_test | named])  # in all sets that have the person
-    counts = np.bincount(every.labels[~gone], minlength=len(every.classes or []))[every.labels]
+    images = np.bincount(every.labels)
+    also_tested = 0
+    if remove == "others":
+        usable = images[every.labels] >= LEAST
+        known, strangers = np.unique(every.labels[gone & usable]), np.unique(every.labels[~gone & usable])
+        drawn = np.random.default_rng(seed).choice(strangers, len(known), replace=False)
+        gone, also_tested = np.isin(every.labels, drawn), len(known)
+    counts = np.where(gone, 0, images[every.labels])
     train = ~gone & (counts >= LEAST)
     train[train] = _position(every.labels[train]) < MOST
     in_tests = np.isin(every.labels, every.labels[of_any | np.isin(origin, ("lfw", "cfp"))])
@@ -42,7 +52,7 @@ def select(tested: str, size: int) -> tuple[Pixels, Pixels, dict[str, int]]:
         for what, rows in (("people", train), ("removed_people", gone)):
             sizes[f"{name}_{what}"] = len(np.unique(every.labels[rows & (origin == name)]))
         sizes[f"{name}_images"] = int((train & (origin == name)).sum())
-    return every.where(train), every.where((counts == 2) & ~in_tests), sizes
+    return every.where(train), every.where((counts == 2) & ~in_tests), sizes | {"people_also_tested": also_tested}
 
 
 def _photographs(name: str, size: int) -> Pixels:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mvrepro import networks
 from mvrepro.errors import UserError
+from mvrepro.heads.margin import MarginHead
+from mvrepro.heads.sharded import ShardedHead
+from mvrepro.protocols.verification import BINS
 from mvrepro.training.batches import normalised
 from mvrepro.training.logs import CURES, Diverged
 from mvrepro.training.network import Network
@@ -67,11 +70,12 @@ SAMPLE = 2048  # training images that `learned` looks at, or as many as have 2^2
 CALLED = {"target_cosine": "own_cosine", "negative_cosine": "other_cosine"}
 
 
-def learned(task: Task, network: Network, curve: dict[str, list[float]]) -> dict[str, float]:
+def learned(task: Task, network: Network, curve: dict[str, list[float]]) -> dict[str, Any]:
     """Whether the network has learned, which a comparison of losses presupposes: on training images in evaluation
-    mode top1, marked_share, median_p_y, own_cosine and other_cosine (MarginHead.watch and study); loss_slope, nats an
-    epoch over the last tenth of the epochs, two at least; and the mean gradient_distance over the run. Every rank calls
-    it."""
+    mode top1, marked_share, median_p_y, own_cosine and other_cosine (MarginHead.watch and study); where one rank has
+    all classes, histogram: counts of the cosines with the own class and with the nearest other one, in BINS equal steps
+    from −1 to 1; loss_slope, nats an epoch over the last tenth of the epochs, two at least; and the mean
+    gradient_distance over the run. Every rank calls it."""
     ranks = network.ranks
     count = max(32, min(SAMPLE, 2**25 // network.head.num_classes))
     rows = np.random.default_rng(0).permutation(len(task.train))[:count][ranks.rank :: ranks.count]
@@ -81,14 +85,24 @@ def learned(task: Task, network: Network, curve: dict[str, list[float]]) -> dict
             pixels = normalised(images, network.config.channels_last)
             embeddings = networks.embed(network.backbone, pixels, mirror=False).to(ranks.device)
     network.head.eval()
-    found = network.look(embeddings, torch.from_numpy(np.asarray(task.train.labels)[np.sort(rows)]))
-    found = {CALLED.get(name, name): value for name, value in found.items()}
+    labels = torch.from_numpy(np.asarray(task.train.labels)[np.sort(rows)])
+    found: dict[str, Any] = {CALLED.get(name, name): value for name, value in network.look(embeddings, labels).items()}
+    if not isinstance(network.head, ShardedHead):
+        found["histogram"] = _histogram(network.head, embeddings, labels)
     losses = curve["loss"][-max(2, len(curve["loss"]) // 10) :]
     if len(losses) > 1:
         found["loss_slope"] = round(float(np.polyfit(np.arange(len(losses)), losses, 1)[0]), 6)
     if curve.get("gradient_distance"):
         found["gradient_distance"] = round(float(np.mean(curve["gradient_distance"])), 6)
     return found
+
+
+@torch.no_grad()
+def _histogram(head: MarginHead, embeddings: Tensor, labels: Tensor) -> dict[str, str]:
+    cosines, own = head.cosines(embeddings).cpu(), labels[:, None]
+    sides = {"own": cosines.gather(1, own), "nearest_other": cosines.scatter(1, own, -2).amax(1)}
+    counts = {side: np.histogram(found.numpy(), BINS, (-1, 1))[0] for side, found in sides.items()}
+    return {side: " ".join(map(str, found)) for side, found in counts.items()}
 
 
 def judge(task: Task, embeddings: NDArray[np.float32], weight: Tensor | None) -> Tested:

@@ -13,11 +13,19 @@ from scipy import stats as scipy_stats
 from mvrepro import pipeline
 from mvrepro.errors import UserError
 from mvrepro.evidence import claims, published, runs
-from mvrepro.evidence.stats import bootstrap_people, detectable_difference, holm, mean_interval, paired_difference
+from mvrepro.evidence.stats import (
+    TwoWay,
+    bootstrap_people,
+    detectable_difference,
+    holm,
+    mean_interval,
+    paired_difference,
+)
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots, report
 
 METRIC = "tpr@fpr=0.01"
+LEARNED = ("top1", "marked_share", "gradient_distance", "other_cosine")
 
 # --- stats ----------------------------------------------------------------------------------------------
 
@@ -97,6 +105,72 @@ def test_the_detectable_difference_grows_with_the_spread_alone():
         detectable_difference([0.1])
 
 
+def two_way(table, missing=()):
+    """Of a table {treatment: scores by seed}, without the (treatment, seed) that are missing."""
+    cells = [(y, name, seed) for name, ys in table.items() for seed, y in enumerate(ys) if (name, seed) not in missing]
+    return TwoWay(*zip(*cells, strict=True))
+
+
+def test_two_ways_of_two_treatments_are_the_paired_t_test():
+    a, b = [0.6, 0.71, 0.83, 0.4], [0.5, 0.66, 0.8, 0.41]
+    found, expected = two_way({"a": a, "b": b}).difference("a", "b"), paired_difference(a, b)
+    assert [found.mean, found.low, found.high, found.p] == pytest.approx(
+        [expected.mean, expected.low, expected.high, expected.p]
+    )
+    assert found.n == 4
+
+
+def test_two_ways_are_those_of_the_textbook():
+    """Residuals of a whole table by hand: y − its row's mean − its column's + the mean of all."""
+    y = np.random.default_rng(3).normal(size=(5, 4))
+    model = two_way({f"loss {i}": row for i, row in enumerate(y)})
+    rest = y - y.mean(1, keepdims=True) - y.mean(0, keepdims=True) + y.mean()
+    assert model.freedom == 4 * 3
+    assert model.spread == pytest.approx(np.sqrt((rest**2).sum() / 12))
+    found = model.difference("loss 2", "loss 0")
+    half = scipy_stats.t.ppf(0.975, 12) * model.spread * np.sqrt(2 / 4)
+    assert (found.mean, found.high - found.mean) == pytest.approx((y[2].mean() - y[0].mean(), half))
+    assert found.p == pytest.approx(scipy_stats.t.sf(found.mean / (model.spread * np.sqrt(2 / 4)), 12))
+
+
+def test_two_ways_take_out_what_a_seed_gives_to_all_where_runs_are_missing():
+    seeds, losses = [0.0, 0.5, -0.3, 0.9], {"a": 0.0, "b": 0.1, "c": 0.3}
+    table = {name: [effect + seed for seed in seeds] for name, effect in losses.items()}
+    model = two_way(table, missing={("a", 3), ("c", 1)})
+    assert model.difference("c", "a").mean == pytest.approx(0.3)
+    assert model.difference("c", "a").n == 3
+    assert model.spread == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("treatments", [3, 8])
+def test_intervals_of_two_ways_hold_the_truth_that_often(treatments):
+    generator, held = np.random.default_rng(5), []
+    for _ in range(600):
+        y = generator.normal(0, 0.3, (treatments, 3)) + generator.normal(0, 2, 3) + np.arange(treatments)[:, None]
+        found = two_way({str(i): row for i, row in enumerate(y)}).difference("2", "0")
+        held.append(found.low < 2 < found.high)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.03)
+
+
+def test_two_ways_need_more_runs_than_effects():
+    alone = two_way({"a": [1.0], "b": [2.0]}).difference("b", "a")
+    assert alone.mean == pytest.approx(1)
+    assert np.isnan([alone.low, alone.high, alone.p]).all()
+    with pytest.raises(ValueError, match="a finite score, a treatment and a seed a run"):
+        TwoWay([1.0, np.nan], ["a", "b"], [0, 0])
+
+
+def test_what_two_ways_could_see_is_seen_that_often():
+    generator, seen = np.random.default_rng(6), []
+    truth = two_way({str(i): row for i, row in enumerate(generator.normal(0, 0.2, (6, 5)))})
+    shift = truth.detectable(5) / truth.spread * 0.2
+    for _ in range(2000):
+        y = generator.normal(0, 0.2, (6, 5))
+        y[0] += shift
+        seen.append(two_way({str(i): row for i, row in enumerate(y)}).difference("0", "1").p < 0.05)
+    assert np.mean(seen) == pytest.approx(0.8, abs=0.03)
+
+
 def test_bootstrap_of_people_who_have_one_pair_each_is_that_of_the_pairs():
     generator = np.random.default_rng(0)
     d = generator.normal(0.1, 1, (1, 400))
@@ -154,7 +228,7 @@ def add(tmp_path, monkeypatch):
             record = {
                 "config": {"loss": loss, "t": t, "seed": seed, "embedding_dim": 8} | settings,
                 "metrics": {metric: value},
-                "learned": dict(zip(("top1", "marked_share"), learned, strict=True)) if learned else {},
+                "learned": dict(zip(LEARNED, learned, strict=False)) if learned else {},
                 "curve": {"loss": [3.0, 2.0], "marked_share": [0.5, 0.25]},
             }
             path = tmp_path / "runs" / "made-up" / f"{next(number):03d}.json"
@@ -331,6 +405,64 @@ def test_networks_that_have_not_learned_decide_nothing(add, judge, learned, reas
     assert not reason or re.match(f"the networks have not learned {reason}; \\+11.00 points", found.found)
 
 
+@pytest.mark.parametrize(("distance", "verdict"), [(0.3, claims.REPRODUCED), (0.01, claims.NOT_TESTABLE)])
+def test_a_loss_that_was_one_training_with_its_margin_loss_decides_nothing(add, judge, distance, verdict):
+    add("AM-Softmax", [0.5, 0.5, 0.5])
+    add("MV-AM-Softmax-f", [0.6, 0.61, 0.62], learned=(0.9, 0.02, distance))
+    found = judge(greater(better="MV-AM-Softmax-f", worse="AM-Softmax"))["g"]
+    assert found.verdict == verdict
+    assert (
+        verdict == claims.REPRODUCED or "one training with AM-Softmax (their gradients differ by 1.0 %)" in found.found
+    )
+
+
+@pytest.mark.parametrize(
+    ("better", "verdict"),
+    [
+        ([0.501, 0.6, 0.7005], claims.NOT_REPRODUCED),  # no gain above 0.01
+        ([0.53, 0.57, 0.70], claims.UNDECIDED),  # the interval holds 0 and gains above 0.01
+    ],
+)
+def test_an_interval_without_a_gain_that_matters_decides(add, judge, better, verdict, monkeypatch):
+    monkeypatch.setattr(claims, "metrics", lambda: {"made-up": {"matters": 0.01}})
+    add("Softmax", [0.5, 0.6, 0.7])
+    add("AM-Softmax", better)
+    assert judge(greater())["g"].verdict == verdict
+
+
+def test_noise_is_pooled_over_the_losses_that_learned(add, judge):
+    """A steady pair is no surer than the others are noisy; networks that did not learn, and a loss alone, stay out."""
+    generator = np.random.default_rng(1)
+    add("Softmax", [0.5, 0.6, 0.7])
+    add("AM-Softmax", [0.52, 0.6201, 0.7199])
+    before = judge(greater())["g"].numbers
+    add("Arc-Softmax", generator.normal(0.6, 0.1, 3))
+    add("A-Softmax", generator.normal(0.6, 5, 3), learned=(0.2, 0.9))
+    add("HM-Softmax", [0.9])
+    after = judge(greater())["g"].numbers
+    assert after["difference"] == pytest.approx(before["difference"])
+    assert after["high"] - after["low"] > 3 * (before["high"] - before["low"])
+    assert after["high"] - after["low"] < 1
+
+
+@pytest.mark.parametrize(
+    ("cosines", "verdict"),
+    [
+        ([-0.7, -0.8], claims.REPRODUCED),
+        ([-0.7, 0.0], claims.QUALITATIVELY),
+        ([0.1, 0.0], claims.NOT_REPRODUCED),
+    ],
+)
+def test_runaway(add, judge, cosines, verdict):
+    for cosine in cosines:
+        add("AM-Softmax", [0.5])
+        add("MV-AM-Softmax-a", [0.5], learned=(0.9, 0.02, 0.3, cosine))
+    found = judge({"id": "r", "rule": "runaway", "loss": "MV-AM-Softmax-a", "bound": -0.3})["r"]
+    assert found.verdict == verdict
+    assert found.numbers["away"] == sum(cosine < -0.3 for cosine in cosines)
+    assert judge({"id": "r", "rule": "runaway", "loss": "HM-Softmax", "bound": -0.3})["r"].verdict == claims.NOT_TESTED
+
+
 def test_greater_needs_seeds_that_both_losses_have(add, judge):
     add("Softmax", [0.5, 0.6])
     add("AM-Softmax", [0.6, 0.8, 0.79])
@@ -385,7 +517,7 @@ def test_the_command_of_every_claim_is_one_that_works(profile):
 
 def test_every_profile_with_claims_has_a_metric():
     assert claims.metric("quick")[0] == "tpr@fpr=0.01"
-    assert claims.metric("faces")[0] == "lfw_accuracy"
+    assert claims.metric("faces")[0] == "rank1"
     known = ", ".join(claims.metrics())
     with pytest.raises(UserError, match=f"claims.toml: no metric for the profile 'other'; it has: {known}$"):
         claims.metric("other")
@@ -520,6 +652,7 @@ def test_the_project_s_claims_are_well_formed():
         "bound": {"value", "bound"},
         "greater": {"family", "better", "worse"},
         "unclear": {"pairs", "profiles", "why"},
+        "runaway": {"loss", "bound"},
         "argmax": {"losses", "range"},
         "untested": {"why"},
     }

@@ -4,17 +4,22 @@ and the table in README.md, which show them.
 Rules:
     bound     a value that a notebook computed (results/figures/<profile>/<NN>/<name>.json) is <= bound:
               reproduced, else not reproduced. For exact mathematics.
-    greater   `better` beats `worse` on the profile's metric, paired over seeds; better_variant,
-              worse_variant: in runs of that runs.variant. Reproduced: the one-sided paired
-              t-test, Holm-adjusted within the claim's family, has p < 0.05. Qualitatively: it has
-              before that adjustment. Not reproduced: the 95 % interval lies below 0. Else undecided.
+    greater   `better` beats `worse` on the profile's metric; better_variant, worse_variant: in runs of that
+              runs.variant. The difference is that of loss and seed as two ways (stats.TwoWay), its noise pooled over
+              all losses whose networks learned; of a loss whose networks did not, of pairs of one seed.
+              Reproduced: the one-sided t-test, Holm-adjusted within the claim's family, has p < 0.05. Qualitatively:
+              it has before that adjustment. Not reproduced: the 95 % interval lies below what would matter
+              (`matters` of the metric, a share). Else undecided.
+    runaway   the mean cosine of `loss` with the other classes ends below `bound`: reproduced where it does in every
+              seed, not reproduced where in none, else qualitatively.
     unclear   of none of the `pairs` (better, worse) is the gain significant, judged as in `greater` with the
               pairs as family: qualitatively (no gain seen is not proof of none), else not reproduced.
     argmax    averaged over `losses` and the seeds that every t has, the best t lies in `range`: qualitatively (no test
               stands behind it), else not reproduced.
     untested  not tested, with the reason.
 A comparison counts where the networks have learned ([gate] in claims.toml: training top-1, and the share of classes
-that are still marked, of the margin loss of each loss that is compared): else it is not testable here.
+that are still marked, of the margin loss of each loss that is compared; and how far the gradient of a loss with
+emphasis or mining lies from its margin loss's): else it is not testable here.
 A verdict holds for one profile. A claim with `profiles` is judged on those alone: others have no notebook for it.
 """
 
@@ -29,7 +34,7 @@ import pandas as pd
 
 from mvrepro.errors import UserError
 from mvrepro.evidence import runs
-from mvrepro.evidence.stats import Estimate, holm, paired_difference
+from mvrepro.evidence.stats import Estimate, TwoWay, holm, paired_difference
 from mvrepro.files import RESULTS, ROOT, display, read_json, read_toml
 from mvrepro.losses import LOSSES
 
@@ -42,8 +47,9 @@ END = "<!-- end of claims -->"
 KEY = (
     "Brackets: the 95 % interval over seeds, two-sided, for that comparison alone; *p*: one-sided, with Holm's "
     "correction for the claims of its family. **Reproduced**: as claimed with p < 0.05, or exact mathematics "
-    "within its bound; **qualitatively**: as claimed with p < 0.05 before that correction; **undecided**: the interval "
-    "holds 0; **not reproduced**: it excludes what is claimed; **not testable here**: the networks have not learned. "
+    "within its bound; **qualitatively**: as claimed with p < 0.05 before that correction; **not reproduced**: the "
+    "interval lies below any gain that would matter; **undecided**: it holds 0 and such gains; **not testable here**: "
+    "the networks have not learned, or the losses were one training. "
     "-f and -a: the fixed and the adaptive emphasis of MV; HM and F: mining; SV: MV's first version. A to D: how well "
     "the claim's source is known, from first-hand to algebra."
 )
@@ -71,7 +77,7 @@ def load() -> list[dict[str, Any]]:
     return list(read_toml(CLAIMS)["claim"])
 
 
-def metrics() -> dict[str, dict[str, str]]:
+def metrics() -> dict[str, dict[str, Any]]:
     """[metric.<profile>] of the file, by profile and in its order."""
     return dict(read_toml(CLAIMS)["metric"])
 
@@ -97,7 +103,7 @@ def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) 
     families: dict[str, dict[str, Estimate]] = defaultdict(dict)
     for claim in claims:
         counts = claim["rule"] == "greater" and profile in claim.get("profiles", [profile])
-        if counts and (estimate := _difference(frame, column, **claim)):
+        if counts and (estimate := difference(frame, column, **claim)):
             families[claim["family"]][claim["id"]] = estimate
     adjusted = {
         id_: p
@@ -124,19 +130,39 @@ def _unlearned(claim: dict[str, Any], frame: pd.DataFrame) -> str:
         if not marked <= gate["marked_share"] or top1 < gate["top1"]:
             known = f", top-1 {100 * top1:.0f} %" if top1 == top1 else ""
             return f"the networks have not learned ({name} ends with {100 * marked:.0f} % of the classes marked{known})"
+        own = frame[(frame["loss"] == loss) & (frame["variant"] == variant)]
+        distance = own["gradient_distance"].mean()
+        if (LOSSES[loss].h or LOSSES[loss].g) and distance < gate["gradient_distance"]:
+            return f"{loss} was one training with {base} (their gradients differ by {100 * distance:.1f} %)"
     return ""
 
 
-def _difference(frame: pd.DataFrame, column: str, better: str, worse: str, **claim: Any) -> Estimate | None:
-    """The paired difference over the seeds that both losses have, or None where there are too few."""
+def difference(frame: pd.DataFrame, column: str, better: str, worse: str, **claim: Any) -> Estimate | None:
+    """better − worse, runs of better_variant and worse_variant, by the rule `greater`; None where they share fewer
+    seeds than 3, or min_seeds."""
     if column not in frame:
         return None
-    first, second = (
-        runs.by_seed(frame[frame["variant"] == claim.get(f"{side}_variant", "")], column, loss)
-        for side, loss in (("better", better), ("worse", worse))
-    )
+    sides = [(loss, claim.get(f"{side}_variant", "")) for side, loss in (("better", better), ("worse", worse))]
+    first, second = (runs.by_seed(frame[frame["variant"] == variant], column, loss) for loss, variant in sides)
     seeds = first.index.intersection(second.index)
-    return paired_difference(first[seeds], second[seeds]) if len(seeds) >= claim.get("min_seeds", 3) else None
+    if len(seeds) < claim.get("min_seeds", 3):
+        return None
+    pool, (one, other) = pooled(frame, column), [f"{loss}|{variant}" for loss, variant in sides]
+    if pool and pool.freedom and pool.place.keys() >= {one, other}:
+        return pool.difference(one, other)
+    return paired_difference(first[seeds], second[seeds])
+
+
+def pooled(frame: pd.DataFrame, column: str) -> TwoWay | None:
+    """The default runs of all losses and variants whose networks learned ([gate]: top-1), called "loss|variant"; None
+    where there is none."""
+    gate = read_toml(CLAIMS)["gate"]
+    known = frame[frame["default"].astype(bool) & frame[column].notna()]
+    names = known["loss"] + "|" + known["variant"]
+    learned = known.groupby(names)["top1"].transform("mean") >= gate["top1"]
+    several = known.groupby(names)["seed"].transform("count") >= 2
+    chosen = learned & several
+    return TwoWay(known[column][chosen], names[chosen], known["seed"][chosen]) if chosen.any() else None
 
 
 @dataclass(frozen=True)
@@ -191,11 +217,12 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             e, p = found.estimates[claim["id"]]
             points = f"{100 * e.mean:+.2f} points [{100 * e.low:+.2f}, {100 * e.high:+.2f}]"
             numbers = {"difference": e.mean, "low": e.low, "high": e.high, "seeds": e.n, "adjusted_p": p}
-            as_claimed = REPRODUCED if p < 0.05 else QUALITATIVELY if e.p < 0.05 else UNDECIDED
-            verdict = NOT_REPRODUCED if e.high < 0 else as_claimed
+            verdict = REPRODUCED if p < 0.05 else QUALITATIVELY if e.p < 0.05 else UNDECIDED
+            if verdict == UNDECIDED and e.high < metrics().get(found.profile, {}).get("matters", 0.0):
+                verdict = NOT_REPRODUCED
             return verdict, f"{points}, {e.n} seeds, adjusted p = {p:.2g}", numbers
         case "unclear":
-            estimates = [_difference(found.frame, found.column, *pair) for pair in claim["pairs"]]
+            estimates = [difference(found.frame, claim.get("column", found.column), *pair) for pair in claim["pairs"]]
             seen = [e for e in estimates if e]
             if len(seen) < len(estimates):
                 return None
@@ -203,6 +230,15 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen)}
             words = f"gains of {gains} points, least adjusted p = {p:.2g}"
             return QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED, words, numbers
+        case "runaway":
+            kind = (found.frame["loss"] == claim["loss"]) & (found.frame["variant"] == "") & found.frame["default"]
+            cosines = found.frame[kind.astype(bool)]["other_cosine"].dropna()
+            if not len(cosines):
+                return None
+            away = int((cosines < claim["bound"]).sum())
+            verdict = REPRODUCED if away == len(cosines) else QUALITATIVELY if away else NOT_REPRODUCED
+            words = f"in {away} of {len(cosines)} seeds; mean cosine with the other classes {cosines.mean():+.2f}"
+            return verdict, words, {"seeds": len(cosines), "away": away, "other_cosine": float(cosines.mean())}
         case "argmax":
             best = best_t(found.frame[found.frame["variant"] == ""], found.column, claim["losses"])
             if best is None:

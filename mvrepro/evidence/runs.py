@@ -13,7 +13,8 @@ from mvrepro.files import RESULTS, ROOT, display, read_json, read_yaml
 from mvrepro.losses import LOSSES
 
 # of `table`, before the metrics
-COLUMNS = ["variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim", "top1", "marked_share"]
+LEARNED = ["top1", "marked_share", "median_p_y", "own_cosine", "other_cosine", "gradient_distance"]
+COLUMNS = ["variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim", *LEARNED]
 
 
 def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -35,9 +36,9 @@ def default_t(profile: str) -> float:
 
 def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.DataFrame:
     """One row a run: variant, loss, f, h, g, t (0 where the loss has no emphasis), default
-    (is t that of the profile, or 0?), seed, embedding_dim, top1 and marked_share (of the training set in the end; of
-    older records NaN and the last epoch's), and a column a metric (shares in [0, 1]); sorted by the order of LOSSES,
-    then t, then seed.
+    (is t that of the profile, or 0?), seed, embedding_dim, whether the network has learned (training.testing.learned;
+    of older records NaN, and the marked share of the last epoch), and a column a metric (shares in [0, 1]); sorted by
+    the order of LOSSES, then t, then seed.
 
     kind: the runs of this variant only ("": the plain ones); None: all.
     """
@@ -46,7 +47,7 @@ def table(profile: str, folder: Path = RESULTS, *, kind: str | None = "") -> pd.
         f, h, g = (getattr(LOSSES[config["loss"]], part) for part in "fhg")
         values = config | {"f": f, "h": h or "–", "g": g or "–"}
         marked = (record["curve"].get("marked_share") or [np.nan])[-1]
-        values |= {"top1": np.nan, "marked_share": marked} | record.get("learned", {})
+        values |= dict.fromkeys(LEARNED, np.nan) | {"marked_share": marked} | record.get("learned", {})
         rows.append({column: values[column] for column in COLUMNS} | record["metrics"])
     if not rows:
         raise UserError(f"no runs of the variant {kind!r} in {display(folder / 'runs' / profile)}")

@@ -44,6 +44,47 @@ def paired_difference(better: ArrayLike, worse: ArrayLike, confidence: float = 0
     return mean_interval(a - b, confidence)
 
 
+class TwoWay:
+    """Runs as treatment + seed + noise, the noise of one spread for all treatments, by least squares.
+
+    y (N,): a score a run; treatment, seed (N,): whose it is. What a seed gives to all treatments (its people, first
+    weights, batches) is taken out, and the noise of all is pooled, so that a difference has the degrees of freedom of
+    all runs and not those of its own few pairs.
+    spread: the standard deviation of the noise;  freedom: its degrees of freedom
+    """
+
+    def __init__(self, y: ArrayLike, treatment: ArrayLike, seed: ArrayLike) -> None:
+        values = np.asarray(y, dtype=np.float64)
+        names, which = np.unique(np.asarray(treatment), return_inverse=True)
+        seeds, when = np.unique(np.asarray(seed), return_inverse=True)
+        if values.shape != which.shape or values.shape != when.shape or not np.isfinite(values).all():
+            raise ValueError(f"a finite score, a treatment and a seed a run are needed, got shape {values.shape}")
+        self.place = {str(name): i for i, name in enumerate(names)}
+        design = np.hstack([np.eye(len(names))[which], np.eye(len(seeds))[when]])
+        self.inverse = np.linalg.pinv(design.T @ design)
+        self.effects = self.inverse @ design.T @ values
+        self.runs = np.bincount(which)
+        self.freedom = len(values) - int(np.linalg.matrix_rank(design))
+        rest = float(((values - design @ self.effects) ** 2).sum())
+        self.spread = round(float(np.sqrt(rest / self.freedom)), 12) if self.freedom else float("nan")
+
+    def difference(self, better: str, worse: str, confidence: float = 0.95) -> Estimate:
+        """better − worse, with the pooled spread; n: the runs of the one that has fewer. NaN ends where no run is left
+        to tell the spread from."""
+        a, b = self.place[better], self.place[worse]
+        contrast = np.zeros(len(self.effects))
+        contrast[a], contrast[b] = 1, -1
+        mean, n = round(float(contrast @ self.effects), 12) + 0.0, int(min(self.runs[a], self.runs[b]))
+        error = self.spread * float(np.sqrt(contrast @ self.inverse @ contrast))
+        half = float(stats.t.ppf(0.5 + confidence / 2, self.freedom)) * error
+        p = float(stats.t.sf(mean / error, self.freedom)) if error > 0 else float(mean <= 0)
+        return Estimate(mean, mean - half, mean + half, n, p if self.freedom else float("nan"))
+
+    def detectable(self, runs: int, power: float = 0.8, level: float = 0.05) -> float:
+        """The true difference that a one-sided test on so many seeds of each treatment sees with this power."""
+        return _detectable(self.freedom, power, level) * self.spread * float(np.sqrt(2 / runs))
+
+
 def bootstrap_people(
     differences: ArrayLike,
     left: ArrayLike,
@@ -99,6 +140,10 @@ def detectable_difference(differences: ArrayLike, power: float = 0.8, level: flo
     n = len(x)
     if n < 2:
         raise ValueError("two differences at least are needed to know their spread")
-    critical = stats.t.ppf(1 - level, n - 1)
-    shift = optimize.brentq(lambda d: stats.nct.sf(critical, n - 1, d) - power, 0, 10 * critical + 10)
-    return float(shift * x.std(ddof=1) / np.sqrt(n))
+    return _detectable(n - 1, power, level) * float(x.std(ddof=1) / np.sqrt(n))
+
+
+def _detectable(freedom: int, power: float, level: float) -> float:
+    """The true value, in standard errors, that a one-sided t-test sees with this power."""
+    critical = stats.t.ppf(1 - level, freedom)
+    return float(optimize.brentq(lambda d: stats.nct.sf(critical, freedom, d) - power, 0, 10 * critical + 10))

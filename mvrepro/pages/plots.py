@@ -15,8 +15,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
+from mvrepro.evidence.claims import difference
 from mvrepro.evidence.runs import by_seed
-from mvrepro.evidence.stats import mean_interval
+from mvrepro.evidence.stats import Estimate, mean_interval
 from mvrepro.losses import LOSSES
 
 DPI = 150
@@ -78,15 +79,21 @@ def paired_differences(
     label: str,
     looks: Sequence[Mapping[str, object]] | None = None,
 ) -> pd.DataFrame:
-    """Each pair (better, worse) as a row: better − worse of each seed as small dots, the mean with its 95 %
-    interval as a large mark, in points. looks: colour and marker of each row; None: the better loss's.
+    """Each pair (better, worse) as a row: better − worse of each seed as small dots, and as a large mark the mean with
+    its 95 % interval as verdicts have it (claims.difference), in points. looks: colour and marker of each row; None:
+    the better loss's.
 
     frame: runs.table(); of each loss its default t. Returns the means, ends and single differences drawn.
     """
     better, worse = zip(*pairs, strict=True)
     values = [100 * (by_seed(frame, metric, a) - by_seed(frame, metric, b)).dropna() for a, b in pairs]
+    found = [difference(frame, metric, a, b, min_seeds=2) for a, b in pairs]
+    estimates = [
+        mean_interval(each) if e is None else Estimate(100 * e.mean, 100 * e.low, 100 * e.high, e.n, e.p)
+        for each, e in zip(values, found, strict=True)
+    ]
     names, looks = [f"{a} − {b}" for a, b in pairs], looks or [look(loss) for loss in better]
-    drawn = _intervals(ax, {"better": better, "worse": worse}, values, looks, names, label, 0.25)
+    drawn = _intervals(ax, {"better": better, "worse": worse}, values, looks, names, label, 0.25, estimates)
     ax.axvline(0, color="0.5", linewidth=0.8)
     return drawn.assign(seeds=[list(each) for each in values])
 
@@ -99,9 +106,10 @@ def _intervals(
     names: Sequence[str],
     label: str,
     below: float,
+    estimates: Sequence[Estimate] | None = None,
 ) -> pd.DataFrame:
     """A row for each of values, with its seeds so far below the line; returns what, and the means and ends drawn."""
-    estimates = [mean_interval(each) for each in values]
+    estimates = estimates or [mean_interval(each) for each in values]
     for place, (each, e, style) in enumerate(zip(values, estimates, looks, strict=True)):
         colour, ends = str(style["color"]), [[e.mean - e.low], [e.high - e.mean]]
         ax.plot(each, [place + below] * len(each), ".", color=colour, alpha=0.6, markersize=4)
@@ -120,6 +128,30 @@ def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mappin
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return band(ax, list(by_epoch.groups), rows, label, {"markevery": 4, **style})
+
+
+COURSE = {
+    "training_loss": "training loss (nats)",
+    "top1": "training top-1 (%)",
+    "marked_share": "other classes marked (%)",
+    "median_p_y": "median $p_y$",
+}
+
+
+def course(kinds: Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]]) -> tuple[Figure, dict[str, Any]]:
+    """How runs learned, epoch by epoch: loss, training top-1, marked share and p_y, a panel each, a line each of kinds:
+    label -> (rows of runs.curves(), look). Returns the figure and what is drawn."""
+    fig, axes = new_figure(2, 2, height=4.6)
+    data = {}
+    for ax, (column, label) in zip(axes.flat, COURSE.items(), strict=True):
+        for name, (rows, style) in kinds.items():
+            scale = 100 if label.endswith("(%)") else 1
+            data[f"{name}: {column}"] = curve(ax, rows.assign(**{column: scale * rows[column]}), column, name, style)
+        ax.set_ylabel(label)
+        if column in ("marked_share", "median_p_y"):
+            ax.set_yscale("log")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig, data
 
 
 def band(ax: Axes, x: ArrayLike, rows: ArrayLike, label: str, style: Mapping[str, Any]) -> list[float]:

@@ -94,6 +94,31 @@ class Report:
         """Write named values as <name>.json, where claims and readers find them. kind: as in figure."""
         self._write(name, {"notebook": self.notebook, "values": _plain(values)}, kind)
 
+    def course(self, losses: Sequence[str], name: str, *, variant: str = "") -> None:
+        """Figure `name`: how the default runs of these losses learned, epoch by epoch (plots.course); losses without
+        runs are left out."""
+        curves = runs.curves(self.profile, kind=variant)
+        curves = curves[curves["default"]]
+        known = [loss for loss in losses if loss in set(curves["loss"])]
+        kinds = {loss: (curves[curves["loss"] == loss], plots.look(loss)) for loss in known}
+        figure, data = plots.course(kinds)
+        alt = f"Training loss, training top-1, share of marked classes and median p_y by epoch, of {', '.join(known)}"
+        self.figure(figure, name, data, alt=alt, kind="training")
+
+    def learned(self, frame: pd.DataFrame) -> None:
+        """The gate of claims.toml as a table: what runs.table() says of the networks in the end, a row a loss and
+        variant, as means over seeds."""
+        means = frame[frame["default"].astype(bool)].groupby(["loss", "variant"], sort=False)[runs.LEARNED].mean()
+        seeds = frame[frame["default"].astype(bool)].groupby(["loss", "variant"], sort=False)["seed"].nunique()
+        rows = []
+        for (loss, variant), row in means.iterrows():
+            cells = [percent(row["top1"]), percent(row["marked_share"], 2), f"{row['median_p_y']:.2g}"]
+            cells += [f"{row['own_cosine']:+.2f}", f"{row['other_cosine']:+.2f}", percent(row["gradient_distance"])]
+            rows.append([f"{loss}, {variant}" if variant else loss, seeds[loss, variant], *cells])
+        columns = ["Loss", "Seeds", "Training top-1 (%)", "Still marked (%)", "Median p_y", "Cosine with the own class"]
+        columns += ["With the others", "Gradient's distance from the margin loss's (%)"]
+        self.table(pd.DataFrame(rows, columns=columns))
+
     def table(self, frame: pd.DataFrame) -> None:
         """Show a table without its index; cells are printed as they are, so format them first."""
         columns = [str(c) for c in frame.columns]

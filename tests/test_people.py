@@ -157,7 +157,7 @@ def test_the_table_of_the_sets_is_what_is_selected() -> None:
     _, _, sizes = people.select("lfw", 4)
     rows = read_toml(ROOT / "paper" / "people.toml")["set"]
     assert {row["name"] for row in rows} == {"celeba", "cfp", *archives.ARCHIVES}
-    assert {
-        f"{row['name']}_{what}": row[what] for row in rows for what in ("people", "images", "removed_people")
-    } | {"people_also_tested": 0} == sizes
+    assert {f"{row['name']}_{what}": row[what] for row in rows for what in ("people", "images", "removed_people")} | {
+        "people_also_tested": 0
+    } == sizes
     assert all(row["get"] and row["terms"] and row["title"] and row["owner"] for row in rows)

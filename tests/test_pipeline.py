@@ -15,9 +15,10 @@ from mvrepro.commands.reproduce import pages, sampled, take
 from mvrepro.commands.runs import part
 from mvrepro.errors import UserError
 from mvrepro.evidence.compare import compare, same
+from mvrepro.files import read_yaml
 from mvrepro.losses import LOSSES
 from mvrepro.pipeline import Memory, Step
-from mvrepro.provenance import TRAINING, code_hash, code_parts
+from mvrepro.provenance import TRAINING, code_hash, code_parts, config_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 # They compute nothing: the doors, which only pick what is called, and what reads, writes, converts and complains.
@@ -164,7 +165,9 @@ def test_a_profile_computes_nothing_of_another():
 
 
 def test_what_a_profile_or_a_notebook_is_called():
-    with pytest.raises(UserError, match=r"profile 'quik' has no stages in dvc.yaml; known are: quick, faces, toy"):
+    with pytest.raises(
+        UserError, match=r"profile 'quik' has no stages in dvc.yaml; known are: quick, faces, early, toy"
+    ):
         pipeline.select("quik")
     with pytest.raises(UserError, match=r"no notebook '07' on quick; known are: 00, 01, 02, 03, 04, 05, 06, 11"):
         pipeline.select("quick", "07")
@@ -175,14 +178,60 @@ def test_what_a_profile_or_a_notebook_is_called():
 
 def test_a_run_for_every_combination():
     counts = {profile: len(pipeline.runs(profile)) for profile in pipeline.known()}
-    assert counts == {"quick": 17 * 3 + 4 * 3 * 3, "faces": 171, "toy": 7 + 3}
+    assert counts == {"quick": 11 * 20 + 6 * 3 + 4 * 3 * 5, "faces": counts["faces"], "early": 84, "toy": 7 + 3}
     for profile in counts:
         steps = pipeline.runs(profile)
         assert len({step.name for step in steps}) == len({step.config for step in steps}) == len(steps)
         assert {step.config.loss for step in steps} <= set(LOSSES)
-    assert [step.config.loss for step in pipeline.runs("quick")][: 17 * 3 : 3] == list(LOSSES)
-    first = pipeline.runs("faces")[17 * 3].config
+    assert {step.config.loss for step in pipeline.runs("quick")} == set(LOSSES)
+    first = pipeline.runs("early")[17 * 3].config
     assert (first.variant, first.t_warmup, first.loss, first.seed) == ("t warmed up", 678, "MV-AM-Softmax-a", 0)
+
+
+@pytest.fixture
+def followed(monkeypatch, tmp_path):
+    """A profile of two runs of AM-Softmax, one of Softmax, and those that begin with AM-Softmax's networks."""
+    profile = read_yaml(ROOT / "params.yaml")["quick"]
+    after = {"variant": "after AM", "after": "AM-Softmax", "seed": [0, 1], "loss": ["AM-Softmax", "MV-AM-Softmax-a"]}
+    profile["runs"] = [{"loss": "AM-Softmax", "seed": [0, 1]}, {"loss": "Softmax", "seed": 0}, after]
+    monkeypatch.setattr(pipeline, "read_yaml", lambda path: {"mine": profile})
+    monkeypatch.setattr(pipeline, "LOCAL", tmp_path / "local")
+    return profile
+
+
+def test_runs_that_follow_others_know_whom(followed, tmp_path):
+    steps = pipeline.runs("mine", tmp_path)
+    assert [s.name for s in steps if s.keeps] == ["mine/AM-Softmax_seed0", "mine/AM-Softmax_seed1"]
+    assert [s.base.run_name() if s.base else None for s in steps] == [
+        None, None, None, *["AM-Softmax_seed0"] * 2, *["AM-Softmax_seed1"] * 2,
+    ]  # fmt: skip
+    assert steps[-1].name == "mine/MV-AM-Softmax-a_t0.2_after-AM_seed1" and steps[-1].needs(steps[1])
+    assert not any(steps[-1].needs(other) for other in (steps[0], steps[2], *steps[3:]))
+    followed["runs"][2]["after"] = "Arc-Softmax"
+    with pytest.raises(UserError, match=r"params.yaml, mine: .*after-AM_seed0 begins after a run that the profile"):
+        pipeline.runs("mine", tmp_path)
+
+
+def test_a_network_that_is_not_here_is_trained_again(followed, tmp_path):
+    steps = pipeline.runs("mine", tmp_path)
+    wanted = [steps[-1]]
+    assert pipeline.with_bases(wanted, steps) == [steps[1], steps[-1]]
+    folder = pipeline.network_of(steps[1].config)
+    folder.mkdir(parents=True)
+    made = {"config_hash": config_hash(steps[1].config.decisive()), "code": code_hash()}
+    for found, expected in ((made, wanted), (made | {"code": "0"}, [steps[1], *wanted]), (None, [steps[1], *wanted])):
+        (folder / "manifest.json").write_text(json.dumps({"made_by": found}) if found else "half of it")
+        assert pipeline.with_bases(wanted, steps) == expected
+
+
+def test_a_run_that_began_with_another_network_is_not_current(followed, tmp_path):
+    step = pipeline.runs("mine", tmp_path)[-1]
+    began = {"config_hash": config_hash(step.base.decisive())}
+    record = {"config": step.config.decisive(), "code": code_hash()}
+    step.writes[0].parent.mkdir()
+    for found, reason in ((began, {}), ({"config_hash": "0"}, {step.name: "began with a network of other settings"})):
+        step.writes[0].write_text(json.dumps(record | {"began_with": found}))
+        assert pipeline.lacking([step]) == reason
 
 
 def test_a_setting_that_does_not_exist_is_named(monkeypatch):
@@ -199,7 +248,7 @@ def test_parts_are_all_of_it_once():
     steps = pipeline.runs("quick")
     shares = [part(steps, f"{i}/16") for i in range(1, 17)]
     assert sorted(step.name for share in shares for step in share) == sorted(step.name for step in steps)
-    assert {len(share) for share in shares} == {5, 6}
+    assert {len(share) for share in shares} == {len(steps) // 16, len(steps) // 16 + 1}
     for wrong in ("0/4", "5/4", "3", "3/", "a/b", "-1/4"):
         with pytest.raises(UserError, match="--part must be I/N"):
             part(steps, wrong)
@@ -338,7 +387,7 @@ def test_a_sample_has_all_reports_and_runs_from_all_over(monkeypatch):
     few = sampled(steps, 6)
     picked = [s for s in few if s.config]
     assert len(picked) == 6 and picked[0].name == runs[0]
-    assert len({(s.config.variant, s.config.t) for s in picked}) >= 3
+    assert len({(s.config.variant, s.config.loss) for s in picked}) >= 3
     assert [s for s in few if not s.config] == [s for s in steps if not s.config]
     assert sampled(steps, 10_000) == steps
     with pytest.raises(UserError, match="--sample must be 1 or more, got 0"):
@@ -409,7 +458,7 @@ def test_metrics_may_move_with_the_last_bits_and_the_first_loss_hardly(
 
 
 def test_the_runs_of_another_loss_are_noticed():
-    """Within what other last bits may move, of 816 pairs of losses on the same people and seed."""
+    """Within what other last bits may move, of all pairs of losses on the same people and seed."""
     tolerance = pipeline.read_yaml(ROOT / "params.yaml")["quick"]["tolerance"]
     runs = [step for step in pipeline.runs("quick") if step.config.t == 0.2]
     records = {step.name: json.loads(step.writes[0].read_text(encoding="utf-8")) for step in runs}
@@ -420,7 +469,7 @@ def test_the_runs_of_another_loss_are_noticed():
         alike = [same(old["metrics"][name], new["metrics"][name], tolerance[name]) for name in old["metrics"]]
         first = old["curve"]["loss"][0], new["curve"]["loss"][0]
         unnoticed += all(alike) and same(*first, tolerance["first_loss"] * first[0])
-    assert len(pairs) == 816
+    assert len(pairs) == 3 * 17 * 16 + 17 * 11 * 10
     assert unnoticed < 0.04 * len(pairs)
 
 

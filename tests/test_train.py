@@ -320,7 +320,9 @@ def test_weight_decay_can_spare_biases_and_scales() -> None:
 def test_a_record_says_whether_its_network_has_learned() -> None:
     names = {"top1", "marked_share", "median_p_y", "own_cosine", "other_cosine", "loss_slope", "gradient_distance"}
     before, after = (train(toy(loss="AM-Softmax", embedding_dim=3, epochs=epochs))["learned"] for epochs in (2, 12))
-    assert before.keys() == after.keys() == names
+    assert before.keys() == after.keys() == names | {"histogram"}
+    for counts in after["histogram"].values():
+        assert len(counts.split()) == 200 and sum(map(int, counts.split())) == 676  # training images
     assert after["top1"] > 0.95 and after["own_cosine"] > before["own_cosine"] and after["other_cosine"] < 0.2
     assert after["marked_share"] < before["marked_share"] and 0 < after["median_p_y"] <= 1
     assert before["loss_slope"] < after["loss_slope"] < 0.1

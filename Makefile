@@ -12,6 +12,9 @@ OUT ?= scratch/gpu
 DEVICE ?= cuda
 TINY ?=
 
+# Nothing is saved by itself there: what is committed stays as it is.
+LAB := --ServerApp.root_dir=$(CURDIR) "--LabApp.default_url=/lab/tree/docs/play.md?file-browser-path=/notebooks"
+
 VENV := .venv
 BOOK := .venv-book
 BIN := $(VENV)/bin
@@ -79,8 +82,8 @@ lint: env ## ruff, mypy and who may import whom, as pre-commit runs them
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-dev.txt
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-lab: env ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab notebooks
+lab: env ## open the notebooks in JupyterLab, on a page that says how to play with them
+	@JUPYTER_CONFIG_PATH=$(CURDIR)/docs/lab $(BIN)/jupyter lab $(LAB)
 
 book: $(BOOK)/.ready ## the executed notebooks as an offline site: build/book/index.html
 	@$(BOOK)/bin/python docs/build.py

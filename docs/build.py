@@ -27,16 +27,28 @@ DOCS, BUILD = ROOT / "docs", ROOT / "build"
 PAGES, STATIC, BOOK = BUILD / "pages", BUILD / "static", BUILD / "book"
 # A formula and the punctuation after it, between which a browser would break the line.
 PUNCTUATION = re.compile(r"(?<![\\$`])\$(?=[^\s$])([^$`\n]*[^\s$`\\])\$([.,;:)]+)")
-GUIDES = {  # pages of docs/ -> what the navigation calls them
-    "read": "how to read it",
-    "interactive": "a loss in your hands",
-    "reproduce": "reproduce and validate",
-    "data": "photographs and formats",
-    "head": "the head in your own code",
-    "scale": "training at scale",
-    "conventions": "conventions of others",
+PARTS = {  # of the navigation: pages of docs/ -> what it calls them
+    "Start here": {"read": "how to read it"},
+    "Try and use": {
+        "interactive": "a loss in your hands",
+        "play": "play with a notebook",
+        "reproduce": "reproduce and validate",
+        "data": "photographs and formats",
+        "head": "the head in your own code",
+        "scale": "training at scale",
+    },
+    "Look up": {
+        "background": "words, profiles, tuning",
+        "article": "from article to code",
+        "model-card": "model card",
+        "data-sheet": "data sheet",
+        "conventions": "conventions of others",
+    },
 }
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)\)")  # to a file, not to an address
+GUIDES = {name for part in PARTS.values() for name in part}
+# To a file, and maybe a heading in it; not to an address.
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)(#[\w-]+)?\)")
+OPEN, TOOLS = "01", "tools"  # the notebook whose code stands beside its equations, and the cell there that doesn't
 
 
 def profiles() -> list[str]:
@@ -103,12 +115,12 @@ def resolve(text: str, folder: str, up: str) -> str:
     """
 
     def link(match: re.Match[str]) -> str:
-        words, target = match.groups()
+        words, target, heading = match.groups()
         for place in (normpath(f"{folder}/{target}"), normpath(target)):
             if (ROOT / place).is_file():
                 plain = words.replace("`", "")  # a role takes no markup inside
                 page = place_in_book(place)
-                return f"[{words}]({up[6:]}{page})" if page else f"{{download}}`{plain} <{up}{place}>`"
+                return f"[{words}]({up[6:]}{page}{heading or ''})" if page else f"{{download}}`{plain} <{up}{place}>`"
         return words
 
     return PUNCTUATION.sub(r"$\1\\text{\2}$", LINK.sub(link, text))
@@ -151,6 +163,8 @@ def page(path: Path, data: dict[str, str]) -> dict[str, Any]:
             continue
         if code.startswith("report.header("):
             cell["metadata"]["tags"] = ["remove-input"]  # the box that it prints says the same
+        elif path.stem[:2] != OPEN or cell["id"] == TOOLS:
+            cell["metadata"]["tags"] = ["hide-input"]
         for output in cell["outputs"]:
             text = output.get("data", {}).get("text/markdown")
             if text:
@@ -216,9 +230,8 @@ def index() -> str:
     text = text.replace("<!-- verdicts -->", verdicts().replace("(paper/claims.toml)", f"({first})"))
     text = text.replace("<!-- notebooks -->", reading()).replace("<!-- answer -->", answer())
     trees = [tree(f"Profile {each}", [f"{short(p)} <{each}/{p.stem}>" for p in notebooks(each)]) for each in profiles()]
-    guides = [f"{words} <{name}>" for name, words in GUIDES.items()]
-    trees = [tree("Start here", guides[:1]), *trees[:1], tree("Try and use", guides[1:]), *trees[1:]]
-    return text + "".join(trees)
+    guides = [tree(part, [f"{words} <{name}>" for name, words in pages.items()]) for part, pages in PARTS.items()]
+    return text + "".join([guides[0], *trees[:1], *guides[1:], *trees[1:]])
 
 
 def formulas() -> str:

@@ -12,6 +12,7 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "myst"  # tables and mathematics in what the notebooks print, too
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
+myst_heading_anchors = 3  # so that a link can lead to a heading
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 
 html_theme = "furo"

@@ -75,6 +75,28 @@ def test_without_the_pipeline_the_scratch_folder_is_named(results, tmp_path_fact
     assert written(results) == [] != written(scratch)
 
 
+def test_without_the_pipeline_each_result_is_compared_with_the_committed_one(
+    results, tmp_path_factory, monkeypatch, capsys
+):
+    page = report.Report("04", "quick")
+    draw(page)
+    page.record("values", {"a": 0.5}, kind="exact")
+    monkeypatch.setattr(report, "SCRATCH", tmp_path_factory.mktemp("scratch"))
+    monkeypatch.delenv("MVREPRO_OUT")
+    page = report.Report("04", "quick")
+    capsys.readouterr()
+    draw(page)
+    draw(page, height=1.1)
+    page.record("values", {"a": 0.6}, kind="exact")
+    page.record("other", {"a": 0.6}, kind="exact")
+    assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith("<")] == [
+        "line: as committed",
+        "line: differs from the committed result: data.y[1] is 1.0 there and 1.1 here",
+        "values: differs from the committed result: values.a is 0.5 there and 0.6 here",
+        "other: nothing of this name is committed",
+    ]
+
+
 def test_validation_compares_and_writes_nothing(results, monkeypatch):
     page = report.Report("04", "quick")
     draw(page, keep=True)

@@ -3,6 +3,14 @@
 // A page on the file system may not fetch others, so the search there lists titles without excerpts.
 if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 
+// The search finds a loss however it is written: with any hyphen, a space, or in one word, such as "mvsoftmax".
+window.splitQuery = (query) =>
+  query
+    .replace(/[\u00AD\u200B-\u200D\u2060\uFEFF]/g, "") // hyphens and joints that can't be seen
+    .split(/[^\p{Letter}\p{Number}_]+/u)
+    .flatMap((word) => /^(mv|sv|hm|f|a)?(am|arc|a)?(softmax)([fa])?$/i.exec(word)?.slice(1) ?? [word])
+    .filter(Boolean);
+
 // A name or a number breaks at no hyphen of it.
 window.addEventListener("DOMContentLoaded", () => {
   for (const cell of document.querySelectorAll(".table-wrapper td")) cell.classList.toggle("short", cell.textContent.trim().length <= 18);

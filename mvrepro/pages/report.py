@@ -1,9 +1,9 @@
 """What every report notebook uses: the box at its top, figures with their data, tables, recorded values.
 
 A notebook begins with `report = Report("04", profile)`. Only what the pipeline runs (mvrepro.pages.notebook.execute)
-writes to results/: anywhere else, in JupyterLab or with papermill alone, figures and values go to scratch/. Under
-`make validate` (MVREPRO_VALIDATE=1) nothing is written: what would be written is compared with what is committed,
-and a difference is an error.
+writes to results/: anywhere else, in JupyterLab or with papermill alone, figures and values go to scratch/, and each
+says whether it is the committed one. Under `make validate` (MVREPRO_VALIDATE=1) nothing is written: what would be
+written is compared with what is committed, and a difference is an error.
 """
 
 import ast
@@ -136,6 +136,8 @@ class Report:
         path, record = self.folder / f"{name}.json", {"kind": kind, **content}
         if not self.validating:
             write_json(path, record)
+            if OUT not in os.environ:  # somebody plays with it
+                print(f"{name}: {against_committed(RESULTS / 'figures' / self.profile / self.notebook, path)}")
             return
         if not path.is_file():
             raise UserError(f"{shown(path)} is missing: `make reproduce` writes it")
@@ -143,6 +145,16 @@ class Report:
         for key in record.keys() - {"sha256"}:  # pixels depend on the fonts
             if found := difference(committed.get(key), record[key], key):
                 raise UserError(f"{shown(path)} is not what this notebook computes: {found}")
+
+
+def against_committed(folder: Path, path: Path) -> str:
+    """In words: are the data behind a figure, or recorded values, those of the same name in folder?"""
+    committed = folder / path.name
+    if not committed.is_file():
+        return "nothing of this name is committed"
+    old, new = ({**read_json(each), "sha256": ""} for each in (committed, path))  # pixels depend on the fonts
+    found = difference({**old, "alt": ""}, {**new, "alt": ""})
+    return f"differs from the committed result: {found.lstrip('.')}" if found else "as committed"
 
 
 def check_parameters(cells: Sequence[str]) -> None:

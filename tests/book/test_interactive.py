@@ -195,3 +195,16 @@ def test_other_controls(page: Page, visit: Visit) -> None:
     page.wait_for_function("document.getElementById('mv-name-b').textContent === 'AM-Softmax'")
     assert state(page) == first
     assert visit.errors == []
+
+
+def test_on_a_phone_the_plane_and_its_sliders_fit_on_one_screen(page: Page) -> None:
+    """A screen of 390 × 664: a phone's 844 less the bars of its browser; less the bar of the book."""
+    page.set_viewport_size({"width": 390, "height": 664})
+    bar = page.locator("header.mobile-header").bounding_box()["height"]
+    top = page.locator("#mv-plane").bounding_box()["y"]
+    for control in ("loss", "other", "m", "t", "s", "gamma", "y", "k"):
+        box = page.locator(f"#mv-{control}").bounding_box()
+        assert top < box["y"]
+        assert box["y"] + box["height"] - top <= 664 - bar
+    size = page.evaluate("parseFloat(getComputedStyle(document.querySelector('#mv-plane')).fontSize)")
+    assert size * page.locator("#mv-plane").bounding_box()["width"] / 360 >= 11  # of its letters

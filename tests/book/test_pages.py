@@ -7,7 +7,7 @@ import sys
 from base64 import b64decode
 from collections import Counter
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -165,6 +165,65 @@ def test_the_first_page_says_what_came_out(visit: Visit) -> None:
     page = visit.open(BOOK / "index.html")
     assert page.locator("figure img").get_attribute("alt") in (ROOT / "README.md").read_text(encoding="utf-8")
     assert page.locator("#what-came-out a[href='faces/07-convergence.html']").count() == 1
+
+
+def test_the_first_figure_is_seen_without_scrolling(visit: Visit) -> None:
+    visit.page.set_viewport_size({"width": 1280, "height": 800})
+    page = visit.open(BOOK / "index.html")
+    box = page.locator("figure img").bounding_box()
+    assert box["height"] > 250
+    assert box["y"] + box["height"] <= 800
+
+
+def test_code_is_folded_but_where_it_stands_beside_its_equation(visit: Visit) -> None:
+    """And "Show the code" can be seen, in the dark, too, and shows it; long lines go on below."""
+    for notebook in NOTEBOOKS:
+        text = page_of(notebook).read_text(encoding="utf-8")
+        cells = re.findall(r'<div class="cell_input[^"]*"', text)
+        folded = text.count('<details class="hide above-input">')
+        if notebook.stem[:2] == "01":
+            assert 0 < folded < len(cells) / 2
+        else:
+            assert folded == len(cells)
+    page = visit.open(page_of(next(path for path in NOTEBOOKS if path.stem[:2] == "02")))
+    page.emulate_media(color_scheme="dark")
+    summary = page.locator("details.hide summary").first
+    assert "Show the code" in summary.inner_text()
+    summary.click()
+    assert page.locator(".cell_input pre").first.is_visible()
+    wide = (
+        "[...document.querySelectorAll('.highlight pre')].filter((pre) => pre.scrollWidth > pre.clientWidth + 1).length"
+    )
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate(wide) == 0
+
+
+def test_figures_do_not_glare_in_the_dark(visit: Visit) -> None:
+    page = visit.open(BOOK / "index.html")
+    for scheme, filter in (("light", "none"), ("dark", "brightness(0.78)")):
+        page.emulate_media(color_scheme=scheme)
+        assert page.locator("figure img").evaluate("(image) => getComputedStyle(image).filter") == filter
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "MV-Softmax",
+        "MV Softmax",
+        "mvsoftmax",
+        "MV\u2011Softmax",
+        "MV\u2013Softmax",
+        "MV\u2212Softmax",
+        "MV-Soft\u00admax",
+    ],
+)
+def test_search_finds_the_loss_however_it_is_written(visit: Visit, query: str) -> None:
+    page = visit.open(BOOK / "search.html", f"?q={quote(query)}")
+    page.locator("ul.search li a").first.wait_for()
+    found = page.locator("ul.search li a").evaluate_all("l => l.map((a) => a.href.split('#')[0].split('?')[0])")
+    assert {"index.html", "01-losses.html", "02-geometry.html"} <= {Path(urlsplit(link).path).name for link in found}
 
 
 def test_search_finds_pages(visit: Visit) -> None:

@@ -185,3 +185,19 @@ def picture(figure: Figure, form: str) -> bytes:
     file, undated = io.BytesIO(), {"png": ["Software"], "pdf": ["CreationDate", "Creator", "Producer"]}
     figure.savefig(file, format=form, dpi=DPI, metadata=dict.fromkeys(undated[form]))
     return file.getvalue()
+
+
+def stacked(
+    kinds: Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]], columns: Mapping[str, str], *, log: Sequence[str] = ()
+) -> tuple[Figure, dict[str, Any]]:
+    """Columns of runs.curves() (column -> label) by epoch, a panel each, one below the other, so that they can be read
+    on a telephone; a line each of kinds: label -> (rows, look). log: columns with a logarithmic axis. Returns the
+    figure and what is drawn."""
+    fig, axes = new_figure(len(columns), 1, width=4.6, height=1.7 * len(columns) + 0.6)
+    data = {}
+    for ax, (column, label) in zip(axes[:, 0], columns.items(), strict=True):
+        for name, (rows, style) in kinds.items():
+            data[f"{name}: {column}"] = curve(ax, rows, column, name, style)
+        ax.set(ylabel=label, xlabel="epoch" if ax is axes[-1, 0] else "", yscale="log" if column in log else "linear")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig, data

@@ -154,7 +154,7 @@ def test_playing_with_a_notebook_changes_nothing_that_is_committed(tree, tmp_pat
     assert run_git(tree, "status", "--porcelain") == ""
     assert "figures and values of this notebook go to scratch/figures/quick/04" in (tmp_path / "out.ipynb").read_text()
     assert written(tree / "scratch")[:3] == [
-        f"figures/quick/04/margin-curves.{form}" for form in ("json", "pdf", "png")
+        f"figures/quick/04/margin-cosines.{form}" for form in ("json", "pdf", "png")
     ]
 
 

@@ -7,7 +7,6 @@ local, ignored file remembers.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -36,6 +35,7 @@ from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
 from mvrepro.provenance import TRAINING, code_hash, code_parts, committed
+from mvrepro.terminal import DeafContext
 from mvrepro.training.config import TrainConfig, from_settings
 
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
@@ -277,11 +277,13 @@ def files(paths: Sequence[Path]) -> list[Path]:
 def only_one() -> Iterator[None]:
     """Hold the project for one runner; a second one waits. The lock dies with its process."""
     try:
-        LOCAL.mkdir(exist_ok=True)
+        LOCAL.mkdir(parents=True, exist_ok=True)
         file = (LOCAL / "lock").open("w")
     except OSError as error:
         raise explain_os_error(error, f"write {display(LOCAL)}") from None
     with file:
+        import fcntl  # which Windows lacks
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -354,14 +356,14 @@ def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:
     os.environ.update(environment(threads=1))
     for name in () if capped else ENVIRONMENT:
         del os.environ[name]
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin)
+    return ProcessPoolExecutor(jobs, DeafContext(), _begin)
 
 
 def _begin() -> None:
     """What a worker does first: it prints to .mvrepro/log, and ends when its parent does, however that ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the parent ends its workers
     os.chdir(ROOT)
-    LOCAL.mkdir(exist_ok=True)
+    LOCAL.mkdir(parents=True, exist_ok=True)
     with (LOCAL / "log").open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)

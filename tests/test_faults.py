@@ -166,6 +166,23 @@ def test_nothing_goes_on_when_reproduce_is_ended(tree, with_signal, victim):
 
 
 @pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("seed", range(2))
+def test_ctrl_c_at_a_random_moment(tree, seed):
+    """A terminal sends it to all processes of the command."""
+    process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
+    below(process, WORKER)
+    time.sleep(random.Random(seed).uniform(0, 5))
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = "mvrepro reproduce: stopped; nothing half-written was kept"
+    assert [line for line in output.splitlines() if line and line[0] != "["] == [said]
+    code, output = make(tree, "reproduce")
+    assert code == 0, output
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
 def test_code_that_is_edited_during_a_training_is_not_what_trained(tree):
     """The record tells the code before; what was computed counts as stale, and nothing is accepted as fresh."""
     losses = tree / "mvrepro" / "losses.py"

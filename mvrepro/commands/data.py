@@ -1,8 +1,6 @@
 """`python -m mvrepro data`: fetch, prepare, inspect, overlap and convert sets of faces."""
 
 import argparse
-import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +91,6 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     return int(arguments.does(arguments))
 
 

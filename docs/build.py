@@ -35,6 +35,7 @@ GUIDES = {  # pages of docs/ -> what the navigation calls them
     "head": "the head in your own code",
     "scale": "training at scale",
     "conventions": "conventions of others",
+    "security": "files from outside",
 }
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+\.\w+)\)")  # to a file, not to an address
 

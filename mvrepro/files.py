@@ -87,6 +87,13 @@ def check_writable(path: Path) -> None:
         raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}")
 
 
+def check_file(path: Path) -> None:
+    """check_writable, for a place where a file goes: a folder of that name would be in its way."""
+    if path.is_dir():
+        raise UserError(f"could not write {display(path)}: it is a folder; name a file")
+    check_writable(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON with a stable layout, so that equal values are equal bytes; NaN and infinity are refused."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -22,6 +22,7 @@ PLAIN = str.maketrans({
     "π": "pi", "φ": "phi", "Φ": "Phi", "σ": "sigma", "Σ": "sum", "τ": "tau", "█": "#", "▏": "|",
 })  # fmt: skip
 
+LONGEST = 800  # characters of a line that people read; libraries have longer ones to say
 UNIX = ("fcntl", "resource", "pty", "termios")  # modules that Windows lacks
 
 
@@ -72,7 +73,7 @@ def explain(error: Exception) -> str:
     """What to say of an error that ends a command. A fault of the program is one line, too, and its traceback a file
     to send to who can mend it."""
     if isinstance(error, UserError):
-        return str(error)
+        return "\n".join(line if len(line) <= LONGEST else f"{line[:LONGEST]} …" for line in str(error).split("\n"))
     if isinstance(error, OSError):
         named = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{named or 'the system'}: {error.strerror or error}"

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
-from mvrepro.provenance import TRAINING, code_hash, code_parts, committed
+from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, in_git
 from mvrepro.terminal import DeafContext
 from mvrepro.training.config import TrainConfig, from_settings
 
@@ -166,7 +166,7 @@ def select(profile: str, notebook: str | None = None) -> list[Step]:
     chosen = [*mine.values(), *(s for s in every if s.name in (profile, f"runs@{profile}"))]
     if not chosen:
         raise UserError(f"profile {profile!r} has no stages in dvc.yaml; known are: {', '.join(known())}")
-    if notebook and notebook not in mine:
+    if notebook is not None and notebook not in mine:
         raise UserError(f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(mine))}")
     chosen = [mine[notebook]] if notebook else [*chosen, *(s for s in every if s.name == "claims")]
     foreign = {RESULTS / kind / out.parent.name for out in pages for kind in ("figures", "runs", "values")}
@@ -183,7 +183,7 @@ def stale(steps: Sequence[Step]) -> dict[str, str]:
     """Name -> reason, for those whose committed results don't belong to the files that are here."""
     reasons = lacking(steps)
     now, noted = code_parts(), read_json(CODE) if CODE.is_file() else {}
-    states = json.loads(dvc("status", "--json"))
+    states = json.loads(dvc("status", "--json")) if in_git() else {}  # DVC wants git
     parts = {s.name: s.parts for s in steps if not s.config} | {f"runs@{p}": () for p in profiles(steps)}
     for name in parts:
         texts = [f"the code of {part} changed" for part in parts[name] if now.get(part) != noted.get(part)]
@@ -225,6 +225,8 @@ def dvc(*arguments: str) -> str:
 
 def accept(steps: Sequence[Step]) -> None:
     """Tell DVC (dvc.lock) that the results of these belong to the files that are here, where it doesn't know."""
+    if not in_git():  # which DVC wants
+        return
     lack = lacking(steps)
     names = {"code", *(s.name for s in steps if not s.config), *(f"runs@{p}" for p in profiles(steps))}
     names -= {f"runs@{s.config.profile}" for s in steps if s.config and s.name in lack}

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mvrepro.determinism import ENVIRONMENT
-from mvrepro.errors import UserError
-from mvrepro.files import CLONE, PACKAGE, ROOT, display
+from mvrepro.errors import UserError, explain_os_error
+from mvrepro.files import CLONE, LOCAL, PACKAGE, RESULTS, ROOT, TEMPORARY, display
 
 # What a result depends on: a change elsewhere (README, results) does not make the commit "dirty".
 SOURCES = ["mvrepro", "notebooks", "paper", "params.yaml", "dvc.yaml", "requirements.lock"]
+CAME = LOCAL / "came"  # the results of a ZIP
 # The parts of mvrepro/ that decide what a training gives.
 TRAINING = ("losses", "heads", "networks", "images", "protocols", "training", "determinism")
 
@@ -82,8 +83,33 @@ def git(*arguments: str) -> str | None:
 
 
 def committed(path: Path) -> bytes | None:
-    """The file as it stands in the last commit, or None where it has none."""
-    return _git("show", f"HEAD:{display(path)}")
+    """The file as it stands in the last commit, or None where it has none; without git, as keep_as_it_came found it."""
+    shown = _git("show", f"HEAD:{display(path)}")
+    if shown is not None or in_git():
+        return shown
+    came = CAME / display(path)
+    return came.read_bytes() if came.is_file() else None
+
+
+def in_git() -> bool:
+    """Whether the project is a clone, and not a ZIP of one."""
+    return _git("rev-parse", "--git-dir") is not None
+
+
+def keep_as_it_came() -> bool:
+    """Without git, copy the results before they are first written over: what is computed is compared with them.
+    Returns whether that is needed here."""
+    if in_git():
+        return False
+    if not CAME.exists():
+        aside = CAME.with_name(f"{TEMPORARY}{CAME.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.copytree(RESULTS, aside / display(RESULTS))
+            aside.replace(CAME)
+        except OSError as error:
+            raise explain_os_error(error, f"keep a copy of {display(RESULTS)}") from None
+    return True
 
 
 def _git(*arguments: str) -> bytes | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,25 @@ def test_a_comment_trains_nothing_and_is_no_reason_to(tree):
     losses.write_text(before)
     run_git(tree, "checkout", "-q", "dvc.lock")
     unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+def test_a_zip_without_git_is_computed_and_compared(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "zip", ignore=shutil.ignore_patterns(".git", ".mvrepro"))
+    run_git(tmp_path, "init", "-q")  # a repository around it is another project's
+    code, output = make(tmp_path / "zip", "reproduce")
+    assert code == 0, output
+    assert "no git here" in output and "computed 4 of 4 steps" in output and "0 different" in output
+    (record, *_) = sorted((tmp_path / "zip" / "results" / "runs" / "quick").glob("*.json"))
+    assert json.loads(record.read_text())["provenance"]["commit"] is None
+    came = tmp_path / "zip" / ".mvrepro" / "came" / record.relative_to(tmp_path / "zip")
+    values = json.loads(came.read_text())
+    values["metrics"]["tpr@fpr=0.01"] += 0.3
+    came.write_text(json.dumps(values))
+    code, output = make(tmp_path / "zip", "reproduce")
+    assert code != 0 and f"different: results/runs/quick/{record.name}" in output
+    code, output = make(tmp_path / "zip", "status")
+    assert code == 0 and "no git here" in output and "Traceback" not in output
 
 
 @pytest.mark.xdist_group("faults")

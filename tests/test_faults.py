@@ -227,7 +227,7 @@ def test_a_zip_without_git_is_computed_and_compared(tree, tmp_path):
     assert code == 0, output
     assert "no git here" in output and "computed 4 of 4 steps" in output and "0 different" in output
     (record, *_) = sorted((tmp_path / "zip" / "results" / "runs" / "quick").glob("*.json"))
-    assert json.loads(record.read_text())["provenance"]["commit"] is None
+    assert record.read_bytes() == (tree / record.relative_to(tmp_path / "zip")).read_bytes()  # the same values
     came = tmp_path / "zip" / ".mvrepro" / "came" / record.relative_to(tmp_path / "zip")
     values = json.loads(came.read_text())
     values["metrics"]["tpr@fpr=0.01"] += 0.3

@@ -34,7 +34,7 @@ export PYTHONHASHSEED := 0
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce status validate figures test lint lab book serve test-book test-extras badges gpu gpu-pack clean clean-env
+.PHONY: help env reproduce status validate figures test test-hard audit lint lab book serve test-book test-extras badges gpu gpu-pack clean clean-env
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,7 +76,15 @@ figures: env ## every figure of PROFILE as PNG and PDF in build/figures (NB=04: 
 	  $(MVREPRO) notebook $$page --profile $(PROFILE) --out build || exit 1; done
 
 test: env ## the tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
+
+test-hard: env ## at night: 1,000 damaged files of each kind, every hostile command line, and the slow tests
+	@FUZZ=1000 HOSTILE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_fuzz.py tests/test_hostile.py tests/test_wheel.py tests/test_faults.py
+
+audit: env ## which pinned packages have known vulnerabilities, by pip-audit (asks pypi.org)
+	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-dev.txt
+	@for file in requirements.lock requirements-book.lock requirements-extras.txt; do \
+	  echo "$$file:"; $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $$file || failed=1; done; exit $${failed:-0}
 
 lint: env ## ruff, mypy and who may import whom, as pre-commit runs them
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-dev.txt
@@ -99,9 +107,9 @@ test-book: env book ## the book's tests, in a real browser (Chromium)
 badges: env ## Binder and Colab badges in README for REPO=owner/name on GitHub (default: the remote origin)
 	@$(BIN)/python docs/badges.py $(REPO)
 
-test-extras: env ## the tests that need optional packages: alignment, ONNX, downloads, TensorBoard, other heads
+test-extras: env ## the tests that need optional packages (alignment, ONNX, downloads, TensorBoard, other heads), and the wheel's
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-extras.txt
-	@$(BIN)/python -m pytest -q -m extra tests
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "extra or slow" tests
 
 # Without an environment of the project's own: torch, numpy, scipy, pandas, pillow, safetensors, pyyaml, tqdm and pytest do.
 GPU := $(or $(wildcard $(BIN)/python),python3) -m benchmarks gpu

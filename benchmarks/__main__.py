@@ -1,8 +1,6 @@
 """The door: python -m benchmarks NAME ... Each is a module of this folder with add_arguments and run."""
 
-import sys
-
-from mvrepro.__main__ import main
+from mvrepro.__main__ import door
 
 BENCHMARKS = {
     "head": "what the head costs, in bare matrix products and in memory",
@@ -11,4 +9,4 @@ BENCHMARKS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(program="benchmarks", package="benchmarks", commands=BENCHMARKS))
+    door(program="benchmarks", package="benchmarks", commands=BENCHMARKS)

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT, display, read_json, write_atomic, write_json
+from mvrepro.files import ROOT, check_file, display, read_json, write_atomic, write_json
 from mvrepro.images import Memory, Pixels, decode, photographs, small, write_rec
 from mvrepro.images.storage import kept_array
 
@@ -68,14 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """1 where a part failed; each has written what it had."""
     if arguments.write_pack:
+        check_file(arguments.pack.absolute())
         print(write_pack(arguments.pack.absolute(), selection))
         return 0
-    if not arguments.minutes > 0 or arguments.jobs < 1:
-        raise UserError("--minutes must be more than 0 and --jobs 1 or more")
+    if not 0 < arguments.minutes <= 10_000 or not 1 <= arguments.jobs <= 1024:
+        raise UserError("--minutes must be more than 0 and 10,000 at most, and --jobs in 1 … 1024")
     from mvrepro.training.ranks import pick_device
 
     pick_device(arguments.device)
     out = arguments.out.absolute()
+    check_file(out / "table.txt")
     ends = time.time() + 60 * arguments.minutes
     failed = False
     chosen = [part for part in SHARES if part in arguments.parts]

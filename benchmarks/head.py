@@ -27,13 +27,15 @@ from torch.nn import functional as F
 
 from mvrepro.determinism import ENVIRONMENT
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT, display, write_json
+from mvrepro.files import ROOT, check_file, display, write_json
 from mvrepro.heads import sweep
 from mvrepro.heads.margin import MarginHead
 from mvrepro.heads.sweep import free_memory
 from mvrepro.provenance import provenance
 
 CHUNKS = (4, 16, 64, 256)  # MiB
+# The least and the most of each option; what the memory holds is asked of the machine.
+LIMITS = {"batch": (1, 10**12), "classes": (2, 10**12), "dim": (1, 10**12), "threads": (1, 1024), "seconds": (0, 10**6)}
 LOSS = "MV-AM-Softmax-a"
 SHAPES = [  # B, K, D of the committed file: growth with B at the shape of notebook 11's bars, and with K
     *((B, 86_876, 512) for B in (128, 64, 256, 512, 1024)),
@@ -376,6 +378,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ENVIRONMENT:  # what makes bits repeatable makes products slow; those that measure start from here
         os.environ.pop(name, None)
     _check(arguments)
+    out = (arguments.out or ROOT / "scratch" / "bench" / "head.json").absolute()
+    check_file(out)
     absent = missing()
     cases = [case for case in arguments.cases or CASES if case not in absent]
     for case, why in absent.items():
@@ -391,7 +395,6 @@ def run(arguments: argparse.Namespace) -> int:
         with_memory=not arguments.no_memory,
         say=lambda text: print(text, flush=True),
     )
-    out = (arguments.out or ROOT / "scratch" / "bench" / "head.json").absolute()
     record = {"kind": "measured", "loss": LOSS, "dtype": arguments.dtype, "left_out": absent, "shapes": measured}
     write_json(out, rounded(record) | {"provenance": provenance(started, arguments.device, arguments.threads)})
     for entry in measured:
@@ -404,11 +407,13 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises UserError for options out of range, before anything is measured."""
     if bool(arguments.batch) != bool(arguments.classes):
         raise UserError("--batch and --classes belong together")
-    for name, least in {"batch": 1, "classes": 2, "dim": 1, "threads": 1, "seconds": 0}.items():
+    for name, (least, most) in LIMITS.items():
         given = getattr(arguments, name)
         for value in given if isinstance(given, list) else [given]:
-            if value is not None and not (math.isfinite(value) and value >= least):
+            if value is not None and not value >= least:
                 raise UserError(f"--{name} must be a number >= {least}, got {value}")
+            if value is not None and value > most:
+                raise UserError(f"--{name} must be a number <= {most:,}, got {value}")
     unknown = sorted(set(arguments.cases or ()) - set(CASES))
     if unknown:
         raise UserError(f"unknown cases {', '.join(unknown)}; known are: {'; '.join(CASES)}")

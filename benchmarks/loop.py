@@ -11,7 +11,7 @@ from typing import Any
 
 from mvrepro.commands import train as door
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT, display, write_json
+from mvrepro.files import ROOT, check_file, display, write_json
 from mvrepro.training.config import TrainConfig, check, rate
 
 
@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = door.options(arguments)
     check(config)
-    if arguments.rounds < 1:
-        raise UserError(f"--rounds must be 1 or more, got {arguments.rounds}")
+    if not 1 <= arguments.rounds <= 10_000:
+        raise UserError(f"--rounds must be in 1 … 10,000, got {arguments.rounds}")
+    check_file(arguments.out.absolute())
     door.set_environment(config)
     from mvrepro.training.ranks import joined
 

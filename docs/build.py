@@ -43,6 +43,7 @@ PARTS = {  # of the navigation: pages of docs/ -> what it calls them
         "model-card": "model card",
         "data-sheet": "data sheet",
         "conventions": "conventions of others",
+        "security": "files from outside",
     },
 }
 GUIDES = {name for part in PARTS.values() for name in part}

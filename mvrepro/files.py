@@ -1,4 +1,4 @@
-"""Where things lie in the project, and writing that is whole or not at all."""
+"""Where things lie, in a clone of the project or where it is installed, and writing that is whole or not at all."""
 
 import contextlib
 import errno
@@ -18,9 +18,30 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+CLONE = (PACKAGE.parent / "dvc.yaml").is_file()  # else it was installed, as by pip
+
+
+def _here() -> Path:
+    with contextlib.suppress(OSError):  # a folder that was removed meanwhile
+        return Path.cwd()
+    return Path()
+
+
+def _local() -> Path:
+    if chosen := os.environ.get("MVREPRO_CACHE"):
+        return Path(chosen).absolute()
+    if CLONE:
+        return ROOT / ".mvrepro"  # which git ignores
+    import platformdirs
+
+    return platformdirs.user_cache_path("mvrepro", appauthor=False)
+
+
+ROOT = PACKAGE.parent if CLONE else _here()
+PARAMS = (ROOT if CLONE else PACKAGE) / "params.yaml"
 RESULTS = ROOT / "results"
-LOCAL = ROOT / ".mvrepro"  # what only this machine knows; git ignores it
+LOCAL = _local()  # what only this machine knows
 TEMPORARY = ".writing-"  # the prefix of files that are not whole yet; git ignores it
 
 
@@ -64,6 +85,13 @@ def check_writable(path: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         code = errno.EACCES if there.is_dir() else errno.ENOTDIR
         raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}")
+
+
+def check_file(path: Path) -> None:
+    """check_writable, for a place where a file goes: a folder of that name would be in its way."""
+    if path.is_dir():
+        raise UserError(f"could not write {display(path)}: it is a folder; name a file")
+    check_writable(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,6 @@ local, ignored file remembers.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -35,7 +34,8 @@ from tqdm import tqdm
 from mvrepro.determinism import CAPS, environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
-from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, config_hash
+from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, config_hash, in_git
+from mvrepro.terminal import DeafContext
 from mvrepro.training.config import TrainConfig, from_settings
 
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
@@ -196,7 +196,7 @@ def select(profile: str, notebook: str | None = None) -> list[Step]:
     chosen = [*mine.values(), *(s for s in every if s.name in (profile, f"runs@{profile}"))]
     if not chosen:
         raise UserError(f"profile {profile!r} has no stages in dvc.yaml; known are: {', '.join(known())}")
-    if notebook and notebook not in mine:
+    if notebook is not None and notebook not in mine:
         raise UserError(f"there is no notebook {notebook!r} on {profile}; known are: {', '.join(sorted(mine))}")
     chosen = [mine[notebook]] if notebook else [*chosen, *(s for s in every if s.name == "claims")]
     foreign = {RESULTS / kind / out.parent.name for out in pages for kind in ("figures", "runs", "values")}
@@ -213,7 +213,7 @@ def stale(steps: Sequence[Step]) -> dict[str, str]:
     """Name -> reason, for those whose committed results don't belong to the files that are here."""
     reasons = lacking(steps)
     now, noted = code_parts(), read_json(CODE) if CODE.is_file() else {}
-    states = json.loads(dvc("status", "--json"))
+    states = json.loads(dvc("status", "--json")) if in_git() else {}  # DVC wants git
     parts = {s.name: s.parts for s in steps if not s.config} | {f"runs@{p}": () for p in profiles(steps)}
     for name in parts:
         texts = [f"the code of {part} changed" for part in parts[name] if now.get(part) != noted.get(part)]
@@ -255,6 +255,8 @@ def dvc(*arguments: str) -> str:
 
 def accept(steps: Sequence[Step]) -> None:
     """Tell DVC (dvc.lock) that the results of these belong to the files that are here, where it doesn't know."""
+    if not in_git():  # which DVC wants
+        return
     lack = lacking(steps)
     names = {"code", *(s.name for s in steps if not s.config), *(f"runs@{p}" for p in profiles(steps))}
     names -= {f"runs@{s.config.profile}" for s in steps if s.config and s.name in lack}
@@ -309,11 +311,13 @@ def files(paths: Sequence[Path]) -> list[Path]:
 def only_one() -> Iterator[None]:
     """Hold the project for one runner; a second one waits. The lock dies with its process."""
     try:
-        LOCAL.mkdir(exist_ok=True)
+        LOCAL.mkdir(parents=True, exist_ok=True)
         file = (LOCAL / "lock").open("w")
     except OSError as error:
         raise explain_os_error(error, f"write {display(LOCAL)}") from None
     with file:
+        import fcntl  # which Windows lacks
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -387,16 +391,16 @@ def compute(
 
 def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:
     os.environ.update(environment(threads=1))
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (capped,))
+    return ProcessPoolExecutor(jobs, DeafContext(), _begin, (capped,))
 
 
 def _begin(capped: bool) -> None:
     """What a worker does first: it prints to .mvrepro/log, and ends when its parent does, however that ended."""
     for name in () if capped else CAPS:
         os.environ.pop(name, None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the parent ends its workers
     os.chdir(ROOT)
-    LOCAL.mkdir(exist_ok=True)
+    LOCAL.mkdir(parents=True, exist_ok=True)
     with (LOCAL / "log").open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mvrepro.determinism import ENVIRONMENT
-from mvrepro.errors import UserError
-from mvrepro.files import ROOT, display
+from mvrepro.errors import UserError, explain_os_error
+from mvrepro.files import CLONE, LOCAL, PACKAGE, RESULTS, ROOT, TEMPORARY, display
 
 # What a result depends on: a change elsewhere (README, results) does not make the commit "dirty".
 SOURCES = ["mvrepro", "notebooks", "paper", "params.yaml", "dvc.yaml", "requirements.lock"]
+CAME = LOCAL / "came"  # the results of a ZIP
 # The parts of mvrepro/ that decide what a training gives.
 TRAINING = ("losses", "heads", "networks", "images", "protocols", "training", "determinism")
 
@@ -41,7 +41,7 @@ def code_hash(*parts: str) -> str:
     for part in parts or TRAINING:
         for path in _sources(part):
             try:
-                digest.update(f"{path.relative_to(ROOT)} {_meaning(path.read_bytes())}\n".encode())
+                digest.update(f"{path.relative_to(PACKAGE.parent)} {_meaning(path.read_bytes())}\n".encode())
             except SyntaxError as error:
                 raise UserError(f"{display(path)}, line {error.lineno}: {error.msg}") from None
     return digest.hexdigest()[:16]
@@ -49,13 +49,13 @@ def code_hash(*parts: str) -> str:
 
 def code_parts() -> dict[str, str]:
     """The code_hash of each part by itself: what results/code.json holds."""
-    found = [p for p in (ROOT / "mvrepro").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
+    found = [p for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
     names = sorted({path.stem for path in found} - {"__init__", "__main__"})
     return {name: code_hash(name) for name in [*names, "benchmarks"]}
 
 
 def _sources(part: str) -> list[Path]:
-    for path in (ROOT / "mvrepro" / f"{part}.py", ROOT / "mvrepro" / part, ROOT / part):
+    for path in (PACKAGE / f"{part}.py", PACKAGE / part, PACKAGE.parent / part):
         if path.exists():
             return [path] if path.is_file() else sorted(path.rglob("*.py"))
     raise UserError(f"mvrepro has no part {part!r}: neither a module nor a folder of that name is there")
@@ -77,16 +77,48 @@ def _meaning(source: bytes) -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What git prints, or None outside a repository and where there is no git."""
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    """What git prints, or None outside the project's repository and where there is no git."""
+    found = _git(*arguments)
+    return None if found is None else found.decode(errors="replace").strip()
 
 
 def committed(path: Path) -> bytes | None:
-    """The file as it stands in the last commit, or None where it has none."""
-    done = subprocess.run(["git", "show", f"HEAD:{display(path)}"], cwd=ROOT, capture_output=True, check=False)
+    """The file as it stands in the last commit, or None where it has none; without git, as keep_as_it_came found it."""
+    shown = _git("show", f"HEAD:{display(path)}")
+    if shown is not None or in_git():
+        return shown
+    came = CAME / display(path)
+    return came.read_bytes() if came.is_file() else None
+
+
+def in_git() -> bool:
+    """Whether the project is a clone, and not a ZIP of one."""
+    return _git("rev-parse", "--git-dir") is not None
+
+
+def keep_as_it_came() -> bool:
+    """Without git, copy the results before they are first written over: what is computed is compared with them.
+    Returns whether that is needed here."""
+    if in_git():
+        return False
+    if not CAME.exists():
+        aside = CAME.with_name(f"{TEMPORARY}{CAME.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.copytree(RESULTS, aside / display(RESULTS))
+            aside.replace(CAME)
+        except OSError as error:
+            raise explain_os_error(error, f"keep a copy of {display(RESULTS)}") from None
+    return True
+
+
+def _git(*arguments: str) -> bytes | None:
+    """Of the repository whose root the project is: one further up, around a ZIP that was unpacked or around an
+    environment that it is installed in, is somebody else's."""
+    if not CLONE or not shutil.which("git"):
+        return None
+    settings = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
+    done = subprocess.run(["git", *arguments], cwd=ROOT, env=settings, capture_output=True, check=False)
     return done.stdout if done.returncode == 0 else None
 
 
@@ -96,8 +128,7 @@ def provenance(started: float, device: str, threads: int) -> dict[str, Any]:
 
     on_gpu = device.startswith("cuda")
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    # ru_maxrss counts KiB on Linux, bytes on macOS.
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    resident = _peak_resident()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": version("numpy")}
     if on_gpu:
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
@@ -112,6 +143,16 @@ def provenance(started: float, device: str, threads: int) -> dict[str, Any]:
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "versions": versions,
         "wall_s": round(time.perf_counter() - started, 2),
-        "peak_resident_mib": round(resident / 2**20),
+        "peak_resident_mib": None if resident is None else round(resident / 2**20),
         "peak_gpu_mib": None if peak is None else round(peak / 2**20),
     }
+
+
+def _peak_resident() -> int | None:
+    """Bytes of this process; None on Windows, where Python doesn't tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    # ru_maxrss counts KiB on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

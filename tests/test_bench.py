@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_skipped(monkeypatch):
         ("--batch 4 --classes 10 --dim 0", "--dim must be a number >= 1, got 0"),
         ("--batch 4 --classes 10 --threads 0", "--threads must be a number >= 1, got 0"),
         ("--batch 4 --classes 10 --seconds nan", "--seconds must be a number >= 0, got nan"),
-        ("--batch 4 --classes 10 --seconds inf", "--seconds must be a number >= 0, got inf"),
+        ("--batch 4 --classes 10 --seconds inf", "--seconds must be a number <= 1,000,000, got inf"),
         ("--batch 4 --classes 10 --seconds -1", "--seconds must be a number >= 0, got -1.0"),
         ("--batch 4 --classes 10 --device nope", "--device nope can't be used: "),
         ("--batch 4 --classes 10 --device meta", "--device meta can't be used: "),
@@ -160,7 +160,7 @@ def test_the_loop_against_the_bare_backbone(tmp_path):
     record = json.loads((tmp_path / "loop.json").read_text())
     assert record["ratio"] > 0 and record["rounds"] == 3 and record["kind"] == "measured"
     done = call("benchmarks", "loop", *words.split(), "--rounds", "0")
-    assert done.returncode == 1 and done.stderr == "benchmarks loop: --rounds must be 1 or more, got 0\n"
+    assert done.returncode == 1 and done.stderr == "benchmarks loop: --rounds must be in 1 … 10,000, got 0\n"
 
 
 # ---------------------------------------------------------------- all that a GPU is wanted for
@@ -207,7 +207,7 @@ def test_a_part_that_fails_says_why_and_the_next_goes_on(tmp_path, monkeypatch, 
 def test_options_of_the_gpu_are_checked_first(tmp_path, capsys):
     for words, message in {
         "--device cuda:99": "device 'cuda:99' can't be used: ",
-        "--device cpu --minutes 0": "--minutes must be more than 0 and --jobs 1 or more",
+        "--device cpu --minutes 0": "--minutes must be more than 0 and 10,000 at most, and --jobs in 1 … 1024",
     }.items():
         assert benchmark("gpu", *words.split(), "--out", str(tmp_path / "out")) == 1
         assert capsys.readouterr().err.startswith(f"benchmarks gpu: {message}")

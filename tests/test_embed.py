@@ -271,7 +271,7 @@ def test_a_network_that_does_not_fit_is_one_message(
         (people, [], "is not a readable checkpoint"),
         (people / PLACES[0], [], "is not a readable backbone"),
         (ours[0], ["--size", 9], "takes 12×12 pixels"),
-        (ours[0], ["--normalise", 1, 0], "STD of --normalise must not be 0"),
+        (ours[0], ["--normalise", 1, 0], "--normalise takes numbers up to a million, and no STD of 0, got 1 0"),
     ):
         assert message in fails(capsys, path, people, out, *options)
         assert not out.exists()

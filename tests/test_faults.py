@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,23 @@ def test_nothing_goes_on_when_reproduce_is_ended(tree, with_signal, victim):
 
 
 @pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("seed", range(2))
+def test_ctrl_c_at_a_random_moment(tree, seed):
+    """A terminal sends it to all processes of the command."""
+    process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
+    below(process, WORKER)
+    time.sleep(random.Random(seed).uniform(0, 5))
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = "mvrepro reproduce: stopped; nothing half-written was kept"
+    assert [line for line in output.splitlines() if line and line[0] != "["] == [said]
+    code, output = make(tree, "reproduce")
+    assert code == 0, output
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
 def test_code_that_is_edited_during_a_training_is_not_what_trained(tree):
     """The record tells the code before; what was computed counts as stale, and nothing is accepted as fresh."""
     losses = tree / "mvrepro" / "losses.py"
@@ -199,6 +217,25 @@ def test_a_comment_trains_nothing_and_is_no_reason_to(tree):
     losses.write_text(before)
     run_git(tree, "checkout", "-q", "dvc.lock")
     unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+def test_a_zip_without_git_is_computed_and_compared(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "zip", ignore=shutil.ignore_patterns(".git", ".mvrepro"))
+    run_git(tmp_path, "init", "-q")  # a repository around it is another project's
+    code, output = make(tmp_path / "zip", "reproduce")
+    assert code == 0, output
+    assert "no git here" in output and "computed 4 of 4 steps" in output and "0 different" in output
+    (record, *_) = sorted((tmp_path / "zip" / "results" / "runs" / "quick").glob("*.json"))
+    assert record.read_bytes() == (tree / record.relative_to(tmp_path / "zip")).read_bytes()  # the same values
+    came = tmp_path / "zip" / ".mvrepro" / "came" / record.relative_to(tmp_path / "zip")
+    values = json.loads(came.read_text())
+    values["metrics"]["tpr@fpr=0.01"] += 0.3
+    came.write_text(json.dumps(values))
+    code, output = make(tmp_path / "zip", "reproduce")
+    assert code != 0 and f"different: results/runs/quick/{record.name}" in output
+    code, output = make(tmp_path / "zip", "status")
+    assert code == 0 and "no git here" in output and "Traceback" not in output
 
 
 @pytest.mark.xdist_group("faults")

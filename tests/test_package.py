@@ -45,6 +45,35 @@ except SystemExit as end:
     assert done.returncode == 0 and "train" in done.stdout
 
 
+WINDOWS = """
+import sys
+sys.modules |= dict.fromkeys(["fcntl", "resource", "pty", "termios"])  # as good as missing
+import signal
+del signal.pthread_sigmask
+"""
+
+
+def test_without_what_windows_lacks_heads_train_and_the_commands_say_what_they_need() -> None:
+    done = python(
+        WINDOWS
+        + """
+import torch
+from mvrepro import MarginHead
+from mvrepro.__main__ import main
+from mvrepro.provenance import provenance
+loss = MarginHead("MV-AM-Softmax-a", 4, 5)(torch.randn(3, 4), torch.arange(3))
+loss.backward()
+assert provenance(0.0, "cpu", 1)["peak_resident_mib"] is None
+import mvrepro.terminal
+with mvrepro.terminal.deaf():
+    pass
+sys.exit(main(["data", "inspect", "x"]))
+"""
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr == "mvrepro data: this needs Linux or macOS (or WSL on Windows): Python has no fcntl here\n"
+
+
 # every path of version 0.1, so that none is forgotten
 PATHS = """fused sharded backbones backbones_large data faces formats align fetch train tasks checkpoint scale runs
 stats claims claims_table published compare values report plots notebook nbcheck bridge export"""

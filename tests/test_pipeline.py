@@ -22,7 +22,7 @@ from mvrepro.provenance import TRAINING, code_hash, code_parts, config_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 # They compute nothing: the doors, which only pick what is called, and what reads, writes, converts and complains.
-PLUMBING = {"commands", "errors", "files", "interchange", "pipeline", "provenance"}
+PLUMBING = {"commands", "errors", "files", "interchange", "pipeline", "provenance", "terminal"}
 
 
 def imported(source: str) -> set[str]:
@@ -304,7 +304,7 @@ def test_a_run_that_nothing_writes_is_named(tmp_path, monkeypatch):
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """Write a module of a made-up mvrepro; returns its hash."""
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "mvrepro")
     (tmp_path / "mvrepro" / "heads").mkdir(parents=True)
 
     def write(text, name="losses.py", part="losses"):

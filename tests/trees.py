@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,7 @@ def start(tree: Path, *command: str) -> subprocess.Popen[str]:
     settings |= {"PYTHONPATH": str(tree), "BIN": str(Path(sys.executable).parent)}
     return subprocess.Popen(
         command, cwd=tree, env=settings, text=True, start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -1,8 +1,6 @@
 """`python -m mvrepro data`: fetch, prepare, inspect, overlap and convert sets of faces."""
 
 import argparse
-import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,9 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "two folders that embed wrote, by one network: of the first people and of the others"
     sub.add_argument("--embeddings", type=Path, nargs=2, metavar="FOLDER", help=text)
     text = "with --embeddings: who is found by name, by the network, or by either (both, the default)"
-    sub.add_argument("--by", choices=["name", "network", "both"], default="both", help=text)
-    text = "cosine from which two people are taken for one (default: 0.5)"
-    sub.add_argument("--threshold", type=float, default=0.5, help=text)
+    sub.add_argument("--by", choices=["name", "network", "both"], help=text)
+    text = "with --embeddings: cosine from which two people are taken for one (default: 0.5)"
+    sub.add_argument("--threshold", type=float, help=text)
 
     sub = add("convert", "write a training set in another format", "", _convert)
     _set_argument(sub)
@@ -93,8 +91,6 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     return int(arguments.does(arguments))
 
 
@@ -163,21 +159,27 @@ def histogram(counts: NDArray[np.int64]) -> str:
 
 
 def _overlap(arguments: argparse.Namespace) -> int:
+    by = arguments.by or "both"
+    threshold = 0.5 if arguments.threshold is None else arguments.threshold
+    if not arguments.embeddings and (arguments.by or arguments.threshold is not None):
+        raise UserError("--by and --threshold go with --embeddings: names alone know no network")
+    if not -1 <= threshold <= 1:
+        raise UserError(f"--threshold must be a cosine, in -1 … 1, got {threshold:g}")
     names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
     alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)
     print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
           f"in {arguments.others}; {len(names) - len(shared):,} remain")  # fmt: skip
     if chance is not None:
-        seen = {name for name, (cosine, *_) in alike.items() if cosine >= arguments.threshold}
+        seen = {name for name, (cosine, *_) in alike.items() if cosine >= threshold}
         print(_evidence(alike, shared, chance))
-        print(f"the network finds {len(seen):,} from {arguments.threshold:g} on, {len(seen & shared):,} of them by "
+        print(f"the network finds {len(seen):,} from {threshold:g} on, {len(seen & shared):,} of them by "
               f"name, too; {len(seen | shared):,} are found by either")  # fmt: skip
         if arguments.out:
             lines = [f"{name}\t{cosine:.4f}\t{whom}\t{name in shared}" for name, (cosine, _, whom) in alike.items()]
             text = "\n".join(["person\tcosine\twith\tby_name", *lines])
             write_atomic(arguments.out.with_name(f"{arguments.out.name}.tsv"), f"{text}\n")
-        shared = {"name": shared, "network": seen, "both": shared | seen}[arguments.by]
+        shared = {"name": shared, "network": seen, "both": shared | seen}[by]
     listed = [name for name in names if name in shared]
     if arguments.out:
         write_atomic(arguments.out, "".join(f"{name}\n" for name in listed))

@@ -17,6 +17,7 @@ from mvrepro.files import TEMPORARY, read_json, write_atomic, write_json
 from mvrepro.images import Encoded, Files, Images, open_images, photographs, read_bin, small
 from mvrepro.images.storage import alone
 
+MOST_THREADS = 1024
 NOTE = """OUT gets embeddings.npy (N, D), names.txt with the image of each row, ids.txt with its person where the set
 says it, and about.json. What the network says of its input is taken from it; the first line printed tells. A call that
 was stopped goes on where it was.
@@ -50,8 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     path, out = arguments.network, arguments.out
+    if not 0 <= arguments.threads <= MOST_THREADS:
+        raise UserError(f"--threads must be in 0 … {MOST_THREADS}, got {arguments.threads}")
     network = _network(path, arguments.threads)
-    size, channels = arguments.size or network.size, network.channels or (1 if arguments.colour == "grey" else 3)
+    size = network.size if arguments.size is None else arguments.size
+    channels = network.channels or (1 if arguments.colour == "grey" else 3)
     colour = arguments.colour or ("grey" if channels == 1 else "rgb")
     if size is None or not 1 <= size <= 4096:
         raise UserError(f"{path} takes images of any size: say which with --size, in 1 … 4096")
@@ -59,8 +63,10 @@ def _run(arguments: argparse.Namespace) -> int:
         side = network.size or size
         raise UserError(f"{path} takes {side}×{side} pixels in {channels} channels, not {size}×{size} in {colour}")
     mean, std = arguments.normalise or network.normalise
-    if std == 0 or arguments.batch < 1:
-        raise UserError("the STD of --normalise must not be 0, and --batch must be 1 or more")
+    if not (abs(mean) <= 1e6 and 1e-6 <= abs(std) <= 1e6):
+        raise UserError(f"--normalise takes numbers up to a million, and no STD of 0, got {mean:g} {std:g}")
+    if not 1 <= arguments.batch <= 10**6:
+        raise UserError(f"--batch must be in 1 … 1,000,000, got {arguments.batch}")
     mirror = bool(network.mirror) if arguments.mirror is None else arguments.mirror
     print(f"{path}: {size}×{size} {colour}, (pixel − {mean:g})/{std:g}, {'with' if mirror else 'without'} mirroring")
     source = _source(arguments.images, size)

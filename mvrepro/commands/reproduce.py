@@ -4,11 +4,12 @@ import argparse
 import time
 
 from mvrepro import pipeline
+from mvrepro.commands.runs import check_jobs
 from mvrepro.errors import UserError
 from mvrepro.evidence.compare import compare
 from mvrepro.files import RESULTS, ROOT, display, read_json, read_yaml, sweep, write_json
 from mvrepro.pipeline import Memory, Step
-from mvrepro.provenance import code_hash
+from mvrepro.provenance import CAME, code_hash, keep_as_it_came
 
 MOST_LINES = 20
 
@@ -36,11 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     started, ran = time.perf_counter(), 0
+    check_jobs(arguments.jobs)
+    steps = pipeline.select(arguments.profile, arguments.notebook)  # before anything is written: there may be no such
     with pipeline.only_one():
         sweep(RESULTS)
+        if keep_as_it_came():
+            print(f"no git here: what is computed is compared with the results that came along ({display(CAME)})")
         pipeline.mend_lock_file()
         pipeline.write_code()
-        steps, memory = pipeline.select(arguments.profile, arguments.notebook), Memory()
+        memory = Memory()
         chosen = steps
         if arguments.pages:
             chosen = pages(steps)

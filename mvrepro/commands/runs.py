@@ -10,6 +10,7 @@ from mvrepro.errors import UserError
 from mvrepro.files import TEMPORARY, read_json
 from mvrepro.pipeline import Step
 
+MOST_JOBS = 1024
 SAFETY = 1.5  # other processors have other last bits than those tried
 
 
@@ -34,8 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_jobs(arguments.jobs)
     steps = part(pipeline.runs(arguments.profile), arguments.part)
-    if arguments.tolerance:
+    if arguments.tolerance is not None:
+        if arguments.tolerance < 1:
+            raise UserError(f"--tolerance must be 1 or more, got {arguments.tolerance}")
         return _tolerance(arguments.profile, steps, arguments.tolerance, arguments.jobs)
     lacking = pipeline.lacking(steps)
     todo = [step for step in steps if arguments.force or step.name in lacking]
@@ -46,10 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_jobs(jobs: int | None) -> None:
+    """Raises UserError for a number of processes that nobody means."""
+    if jobs is not None and not 1 <= jobs <= MOST_JOBS:
+        raise UserError(f"--jobs must be in 1 … {MOST_JOBS}, got {jobs}")
+
+
 def part(steps: list[Step], words: str) -> list[Step]:
     """Every n-th of the steps for words such as "3/16"."""
     first, _, count = words.partition("/")
-    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise UserError(f"--part must be I/N with 1 <= I <= N, such as 3/16, got {words!r}")
     return steps[int(first) - 1 :: int(count)]
 

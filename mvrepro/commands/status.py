@@ -3,6 +3,7 @@
 import argparse
 
 from mvrepro import pipeline
+from mvrepro.provenance import in_git
 
 MOST_LINES = 30
 
@@ -20,6 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(line)
     if len(problems) > MOST_LINES:
         print(f"… and {len(problems) - MOST_LINES} more")
+    if not in_git():
+        print("no git here, so DVC can't say which pages and tables are stale: what is said of runs holds")
     memory = pipeline.Memory()
     for profile, steps in every.items():
         fresh, here = sum(step.name not in stale for step in steps), sum(memory.has(step) for step in steps)

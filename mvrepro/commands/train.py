@@ -9,8 +9,10 @@ from typing import Any, get_origin
 
 from mvrepro.determinism import ENVIRONMENT, environment
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT, display, read_yaml
+from mvrepro.files import PARAMS, ROOT, display, read_yaml
 from mvrepro.training.config import TrainConfig, check, from_settings, kind
+
+RANKS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them, and what a lone process is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,7 @@ def _add(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rank 0 speaks for all; another rank only of what it alone knows."""
+    check_ranks()
     try:
         return _run(arguments)
     except UserError as error:
@@ -66,6 +69,21 @@ def run(arguments: argparse.Namespace) -> int:
         if os.environ.get("RANK", "0") == "0":
             raise
         return 130
+
+
+def check_ranks() -> None:
+    """Who this process is decides whether it speaks. Raises UserError for what is no place among the ranks."""
+    places = {name: os.environ.get(name, default) for name, default in RANKS.items()}
+    for name, text in places.items():
+        if not (text.isascii() and text.isdecimal() and len(text) < 8):
+            raise UserError(
+                f"the environment says {name}={text!r}, which is no rank: torchrun sets it, or leave it out"
+            )
+    if "RANK" in os.environ and int(places["RANK"]) >= int(places["WORLD_SIZE"]):
+        raise UserError(
+            f"the environment says RANK={places['RANK']} of WORLD_SIZE={places['WORLD_SIZE']}: count from 0"
+        )
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings come with the frames of C++
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -107,7 +125,7 @@ def options(arguments: argparse.Namespace) -> TrainConfig:
 
 def profile_settings(profile: str) -> dict[str, Any]:
     """The training settings of a profile in params.yaml. Raises UserError with the known profiles."""
-    params = read_yaml(ROOT / "params.yaml")
+    params = read_yaml(PARAMS)
     known = [name for name, section in params.items() if isinstance(section, dict) and "train" in section]
     if profile not in known:
         raise UserError(f"unknown profile {profile!r}; params.yaml has: {', '.join(known)}")

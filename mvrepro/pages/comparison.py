@@ -138,14 +138,29 @@ def people(profile: str, found: pd.DataFrame) -> list[str]:
 def draw(ax: Axes, found: pd.DataFrame, label: str) -> None:
     """Rows of `differences`: the mean with its interval as a large mark, single seeds as small dots below it."""
     for place, row in enumerate(found.itertuples()):
-        style = look(row.better) | {"linestyle": "none"}
-        ax.plot(row.seeds, [place + 0.25] * len(row.seeds), ".", color=str(style["color"]), alpha=0.6, markersize=4)
-        ends = [[row.mean - row.low], [row.high - row.mean]]
-        ax.errorbar(row.mean, place, xerr=ends, capsize=2, markersize=5, **style)
+        style, ends = look(row.better), [[row.mean - row.low], [row.high - row.mean]]
+        colour, mark = str(style["color"]), str(style["marker"])
+        ax.plot(row.seeds, [place + 0.25] * len(row.seeds), ".", color=colour, alpha=0.6, markersize=4)
+        ax.errorbar(row.mean, place, xerr=ends, fmt=mark, color=colour, capsize=2, markersize=5)
     ax.axvline(0, color="0.5", linewidth=0.8)
     ax.set_yticks(range(len(found)), found["name"])
     ax.set_ylim(max(len(found), 1) - 0.4, -0.5)
     ax.set_xlabel(label)
+
+
+def figure(report: Report, found: pd.DataFrame, name: str, label: str, groups: Sequence[int] = ()) -> None:
+    """Rows of `differences` as a figure of a page, with lines between groups of so many rows; a line of text where
+    there are no rows."""
+    if not len(found):
+        print(f"no comparison has two seeds on {report.profile} yet")
+        return
+    drawn, axes = plots.new_figure(width=4.8, height=1.1 + 0.28 * len(found))
+    draw(axes[0, 0], found, label)
+    for place in dict.fromkeys(np.cumsum(np.array(groups, dtype=int)).tolist()):
+        if 0 < place < len(found):
+            axes[0, 0].axhline(place - 0.4, color="0.8", linewidth=0.8)
+    alt = f"Differences in the score with 95 % intervals: {in_words(found)}"
+    report.figure(drawn, name, found, alt=alt, kind="training")
 
 
 def course(

@@ -46,7 +46,7 @@ def test_words_say_which_side_an_interval_is_on() -> None:
     words = compared.in_words(RUNS, PAIRS, "rank1")
     assert words.startswith("**for MV-Softmax**: none; **against it**: MV-AM-a − AM -10.")
     assert "**neither (the interval holds 0)**: MV-AM-f − AM" in words
-    assert compared.in_words(frame(**{"AM-Softmax|": 0.3}), PAIRS, "rank1").startswith("no MV loss has runs")
+    assert compared.in_words(frame(**{"AM-Softmax|": 0.3}), PAIRS, "rank1").startswith("no MV loss shares two seeds")
 
 
 def test_tables_have_a_row_a_loss_and_a_row_a_pair() -> None:

@@ -126,7 +126,7 @@ def in_words(frame: pd.DataFrame, pairs: Sequence[Pair], column: str) -> str:
         e = estimate(frame, column, pair)
         found[side(e)].append(f"{pair.name} {points(e)}")
     if not any(found.values()):
-        return "no MV loss has runs beside its margin loss yet"
+        return "no MV loss shares two seeds with its margin loss yet"
     texts = zip(("for MV-Softmax", "against it", "neither (the interval holds 0)"), found.values(), strict=True)
     return "; ".join(f"**{what}**: {', '.join(listed) or 'none'}" for what, listed in texts)
 

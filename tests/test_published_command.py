@@ -113,6 +113,7 @@ def test_the_pixels_are_less_the_mean_of_celeba(embedded: dict[str, np.ndarray],
     """Each person has a colour of their own here, the same in all of the person's images."""
     found = done(tmp_path)["values"]["pixels"]
     assert (found["dimensions"], found["metrics"]["lfw_accuracy"], found["metrics"]["rank1"]) == (12, 1.0, 1.0)
+    assert "blufr" not in found and found["errors"].keys() == found["metrics"].keys()
     lfw = photographs.lfw(32)
     mean = photographs.celeba(32).pixels.mean(axis=0, dtype=np.float64)
     np.testing.assert_allclose(published._pixels()[0][7], (lfw.pixels[7] - mean).ravel(), rtol=1e-6)

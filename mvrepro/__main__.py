@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "fetch, align, inspect, compare and convert sets of faces",
     "embed": "embeddings of a set of images by a network, of ours or ONNX, for judge and data overlap",
     "judge": "judge anybody's embeddings (.npy) by any protocol",
+    "published": "judge published networks by the protocols of faces, in numbers for notebook 12",
     "claims": "judge the claims: results/claims.json and the table in README.md",
     "code": "note what each part of the code is in results/code.json, which dvc.yaml depends on",
 }

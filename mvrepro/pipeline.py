@@ -40,6 +40,7 @@ from mvrepro.training.config import TrainConfig, from_settings
 
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
+ASIDE = ("bench", "published")  # stages that are computed where they are asked for by name, and else taken as they lie
 AGAIN = "What was computed before is kept: the same command goes on from there."
 
 
@@ -187,8 +188,8 @@ def _paths(entries: list[Any]) -> Iterator[Path]:
 def select(profile: str, notebook: str | None = None) -> list[Step]:
     """The runs and stages of a profile, or of one of its notebooks, such as "04", with all that they need.
 
-    The claims are judged on every profile, but what another one has is taken as it lies here; and a measurement of
-    time is one machine's, which only the profile "bench" takes anew.
+    The claims are judged on every profile, but what another one has is taken as it lies here. So is a measurement of
+    time, which is one machine's, and what networks of others give, which takes their files: ASIDE, to be asked for.
     """
     every = stages()
     pages = {out: s for s in every for out in s.writes if out.parent.parent == RESULTS / "executed"}
@@ -202,7 +203,7 @@ def select(profile: str, notebook: str | None = None) -> list[Step]:
     foreign = {RESULTS / kind / out.parent.name for out in pages for kind in ("figures", "runs", "values")}
     foreign -= {RESULTS / kind / profile for kind in ("figures", "runs", "values")}
     for stage in chosen:  # which grows
-        behind = [s for s in every if s not in chosen and s.name != "bench" and stage.needs(s)]
+        behind = [s for s in every if s not in chosen and s.name not in ASIDE and stage.needs(s)]
         chosen += [s for s in behind if not {p for out in s.writes for p in (out, *out.parents)} & foreign]
     names = [s.name for s in every if s in chosen]
     trained = [run for name in names if name.startswith("runs@") for run in runs(name.removeprefix("runs@"))]

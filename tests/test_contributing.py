@@ -72,14 +72,14 @@ def test_another_t_is_twelve_runs_more(with_params):
 
 
 def test_the_line_of_a_page_is_its_stage(with_params):
-    (line,) = [block for block in blocks("yaml") if "quick-12" in block]
+    (line,) = [block for block in blocks("yaml") if "quick-13" in block]
     with_params(params("pages:", line))
-    *runs, page = pipeline.select("quick", "12")
-    assert page.name == "page@quick-12" and pipeline.profiles(runs) == ["quick"]
+    *runs, page = pipeline.select("quick", "13")
+    assert page.name == "page@quick-13" and pipeline.profiles(runs) == ["quick"]
     executed, figures = page.writes
-    assert executed == ROOT / "results" / "executed" / "quick" / "12-t-grows.ipynb"
-    assert figures == ROOT / "results" / "figures" / "quick" / "12"
-    assert ROOT / "notebooks" / "12-t-grows.ipynb" in page.reads
+    assert executed == ROOT / "results" / "executed" / "quick" / "13-t-grows.ipynb"
+    assert figures == ROOT / "results" / "figures" / "quick" / "13"
+    assert ROOT / "notebooks" / "13-t-grows.ipynb" in page.reads
     assert parts_behind(imported("\n".join(code()))) <= set(page.parts)
 
 
@@ -88,7 +88,7 @@ def test_the_template_runs_as_it_stands(tmp_path, monkeypatch):
     shown = {}
     exec(compile("\n".join(code()), str(TEMPLATE), "exec"), shown)
     assert len(shown["table"]) == len(shown["rows"])
-    assert {path.name for path in (tmp_path / "figures" / "quick" / "12").iterdir()} == {
+    assert {path.name for path in (tmp_path / "figures" / "quick" / "13").iterdir()} == {
         f"{name}.{kind}" for name in ("differences", "curves") for kind in ("json", "pdf", "png")
     }
 

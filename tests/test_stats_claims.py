@@ -581,6 +581,22 @@ def test_bound(tmp_path, judge, value, verdict):
     assert found.artifact == "results/figures/made-up/04/derivations.json"
 
 
+@pytest.mark.parametrize(
+    ("value", "verdict", "words"),
+    [
+        (0.2, claims.REPRODUCED, "off by 0.20 points, within the bound of 0.4"),
+        (1.0, claims.NOT_REPRODUCED, "off by 1.00 points, beyond the bound of 0.4"),
+        (None, claims.NOT_REPRODUCED, "off by nan points, beyond the bound of 0.4"),
+    ],
+)
+def test_a_bound_with_a_unit_says_how_far_off_it_is(tmp_path, judge, value, verdict, words):
+    (tmp_path / "figures" / "made-up" / "04").mkdir(parents=True)
+    record = {"values": {"off": value}}
+    (tmp_path / "figures" / "made-up" / "04" / "others.json").write_text(json.dumps(record), encoding="utf-8")
+    found = judge({"id": "b", "rule": "bound", "value": "others:off", "bound": 0.4, "unit": "points"})["b"]
+    assert (found.verdict, found.found) == (verdict, words)
+
+
 @pytest.mark.parametrize("content", [None, '{"values": {"other": 1.0}}'])
 def test_bound_without_its_value(tmp_path, judge, content):
     (tmp_path / "figures" / "made-up" / "04").mkdir(parents=True)

@@ -81,7 +81,7 @@ test: env ## the tests
 test-hard: env ## at night: 1,000 damaged files of each kind, every hostile command line, and the slow tests
 	@FUZZ=1000 HOSTILE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_fuzz.py tests/test_hostile.py tests/test_wheel.py tests/test_faults.py
 
-audit: env ## which pinned packages have known vulnerabilities, by pip-audit (asks pypi.org)
+audit: env ## which pinned packages have known vulnerabilities, by pip-audit (needs a network)
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-dev.txt
 	@for file in requirements.lock requirements-book.lock requirements-extras.txt; do \
 	  echo "$$file:"; $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $$file || failed=1; done; exit $${failed:-0}

@@ -445,6 +445,18 @@ def test_noise_is_pooled_over_the_losses_that_learned(add, judge):
     assert after["high"] - after["low"] < 1
 
 
+def test_runs_that_follow_a_network_have_a_pool_of_their_own(add, judge):
+    generator = np.random.default_rng(2)
+    for loss in ("Softmax", "AM-Softmax", "Arc-Softmax"):
+        add(loss, generator.normal(0.6, 0.1, 3))
+    add("AM-Softmax", [0.6, 0.7, 0.8], variant="after AM-Softmax")
+    add("MV-AM-Softmax-f", [0.62, 0.719, 0.821], variant="after AM-Softmax")
+    sides = {"better": "MV-AM-Softmax-f", "worse": "AM-Softmax", "better_variant": "after AM-Softmax"}
+    both, across = judge(greater("b", **sides, worse_variant="after AM-Softmax"), greater("a", **sides)).values()
+    assert both.verdict == claims.REPRODUCED and both.numbers["high"] - both.numbers["low"] < 0.01
+    assert across.numbers["high"] - across.numbers["low"] > 0.1  # of pairs
+
+
 @pytest.mark.parametrize(
     ("cosines", "verdict"),
     [

@@ -68,6 +68,7 @@ def test_code_runs_as_it_stands():
 
 def points(verdict):
     n = {name: f"{100 * verdict.numbers[name]:+.1f}" for name in ("difference", "low", "high")}
+    n = {name: re.sub(r"^[+-]0\.0$", "0.0", text) for name, text in n.items()}
     return f"{n['difference']} points, {n['low']} to {n['high']}".replace("-", "−")
 
 

@@ -496,6 +496,7 @@ def test_a_changed_number_or_text_of_a_report_is_different(tmp_path, monkeypatch
 def test_a_second_command_beside_one_that_writes_is_one_message(monkeypatch):
     failed = subprocess.CompletedProcess([], 255, "", "ERROR: Unable to acquire lock. Most likely another DVC process")
     monkeypatch.setattr(pipeline.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(pipeline, "in_git", lambda: True)
     with pytest.raises(UserError, match="dvc status: ERROR: Unable to acquire lock"):
         pipeline.stale([])
 

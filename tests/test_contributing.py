@@ -65,7 +65,7 @@ def test_another_t_is_twelve_runs_more(with_params):
     written = next(line for line in block.splitlines() if "*mv" in line).partition(" #")[0]
     row = next(line for line in (ROOT / "params.yaml").read_text().splitlines() if "t: [0.1, 0.3, 0.5]" in line)
     changed = row.replace("0.5]", "0.5, 0.7]")
-    assert changed.replace(row[row.index("&mv") : row.index("]") + 1], "*mv") == written
+    assert changed == written
     before = len(pipeline.runs("quick"))
     with_params((ROOT / "params.yaml").read_text().replace(row, changed))
     assert len(pipeline.runs("quick")) == before + 4 * 3

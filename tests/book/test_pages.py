@@ -221,9 +221,8 @@ def test_figures_do_not_glare_in_the_dark(visit: Visit) -> None:
 )
 def test_search_finds_the_loss_however_it_is_written(visit: Visit, query: str) -> None:
     page = visit.open(BOOK / "search.html", f"?q={quote(query)}")
-    page.locator("ul.search li a").first.wait_for()
-    found = page.locator("ul.search li a").evaluate_all("l => l.map((a) => a.href.split('#')[0].split('?')[0])")
-    assert {"index.html", "01-losses.html", "02-geometry.html"} <= {Path(urlsplit(link).path).name for link in found}
+    for found in ("index", "faces/01-losses", "faces/02-geometry"):  # they come one after the other
+        page.locator(f"ul.search li a[href*='{found}.html']").first.wait_for()
 
 
 def test_search_finds_pages(visit: Visit) -> None:

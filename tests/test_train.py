@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvrepro import LOSSES, MarginHead, networks
+from mvrepro.commands.train import set_environment
+from mvrepro.determinism import ENVIRONMENT
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
 from mvrepro.images import Pixels
@@ -827,3 +829,14 @@ sys.exit(0 if first == second else f"{first} is not {second}")
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({}, {"caps", "cublas"}), ({"portable": False}, {"cublas"}), ({"deterministic": False}, set())],
+)
+def test_caps_that_make_exports_go_where_a_run_wants_none(settings: Any, kept: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ) | ENVIRONMENT)
+    set_environment(dataclasses.replace(toy(), **settings))
+    names = {"caps": "ATEN_CPU_CAPABILITY", "cublas": "CUBLAS_WORKSPACE_CONFIG"}
+    assert {what for what, name in names.items() if name in os.environ} == kept

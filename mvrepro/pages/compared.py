@@ -107,8 +107,8 @@ def differences(frame: pd.DataFrame, pairs: Sequence[Pair], columns: Mapping[str
     difference, and the true difference that so many seeds would find four times out of five."""
     rows = []
     for column, heading in columns.items():
-        pool = claims.pooled(frame, column)
         for pair in known(frame, pairs):
+            pool = claims.pooled(frame, column, after=pair.variant.startswith(claims.AFTER))
             e, (a, b) = estimate(frame, column, pair), _sides(frame, column, pair)
             seen = 100 * pool.detectable(e.n) if pool and pool.freedom else np.nan
             single = ", ".join(f"{100 * x + 0.0:+.2f}" for x in (a - b).dropna())

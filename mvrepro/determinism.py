@@ -1,8 +1,8 @@
 """The same bits twice: what must be set before torch starts, and what after.
 
 The instruction-set caps make x86 processors of different makes compute the same float32 sums (none of
-them alone does). MKL's arc cosine differs between processors all the same, as do other architectures and GPUs, so
-results are compared by tolerance.
+them alone does). MKL's cosine, which A-Softmax alone needs, differs between processors all the same, as do other
+architectures and GPUs, so results are compared by tolerance.
 """
 
 import os

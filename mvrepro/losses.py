@@ -76,7 +76,9 @@ def sine(cos: Tensor) -> Tensor:
     """
     eps = torch.finfo(cos.dtype).eps
     square = (1 - cos) * (1 + cos)
-    return torch.where(square > eps, square.clamp(min=eps).sqrt(), torch.zeros_like(square))
+    safe = square.clamp(min=eps)
+    # x/√x for √x, whose last bits torch takes from MKL on a CPU: other ones on AMD's than on Intel's
+    return torch.where(square > eps, safe * safe.rsqrt(), torch.zeros_like(square))
 
 
 def combined_margin(cos: Tensor, m1: float = 1.0, m2: float = 0.0, m3: float = 0.0) -> Tensor:

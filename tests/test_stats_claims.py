@@ -439,7 +439,10 @@ def test_noise_is_pooled_over_the_losses_that_learned(add, judge):
     add("Arc-Softmax", generator.normal(0.6, 0.1, 3))
     add("A-Softmax", generator.normal(0.6, 5, 3), learned=(0.2, 0.9))
     add("HM-Softmax", [0.9])
+    alone = judge(greater())["g"].numbers
+    add("SV-Arc-Softmax", [0.5, 0.6, 0.7])  # the same training as MV-Arc-Softmax-a: no noise of its own
     after = judge(greater())["g"].numbers
+    assert after == alone
     assert after["difference"] == pytest.approx(before["difference"])
     assert after["high"] - after["low"] > 3 * (before["high"] - before["low"])
     assert after["high"] - after["low"] < 1

@@ -157,12 +157,14 @@ def difference(frame: pd.DataFrame, column: str, better: str, worse: str, **clai
 
 
 def pooled(frame: pd.DataFrame, column: str, *, after: bool = False) -> TwoWay | None:
-    """The default runs of all losses and variants whose networks learned ([gate]: top-1), called "loss|variant"; None
-    where there is none. after: those that began with another run's network, which are closer to each other than runs
-    from scratch, instead of these."""
+    """The default runs of all losses and variants whose networks learned ([gate]: top-1), called "loss|variant", each
+    loss under one name; None where there is none. after: those that began with another run's network, which are
+    closer to each other than runs from scratch, instead of these."""
     gate = read_toml(CLAIMS)["gate"]
     known = frame[frame["default"].astype(bool) & frame[column].notna()]
     known = known[known["variant"].str.startswith(AFTER) == after]
+    twins = [name for name, row in LOSSES.items() if name.startswith("SV-") and list(LOSSES.values()).count(row) > 1]
+    known = known[~known["loss"].isin(twins)]  # the runs of MV-AM-a over again, which would halve its noise
     names = known["loss"] + "|" + known["variant"]
     learned = known.groupby(names)["top1"].transform("mean") >= gate["top1"]
     several = known.groupby(names)["seed"].transform("count") >= 2

@@ -123,6 +123,16 @@ def on_lfw(
     return Task(train, test.joined(dev), judge, protocols.impostor_pairs(test.people), sizes)
 
 
+def development(seed: int, image_size: int, remove: str) -> Task:
+    """Trains as `lfw` with everyone does, and tests on its development people alone: what settings are chosen by."""
+    train, dev, sizes = select("lfw", image_size, remove, seed)
+
+    def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
+        return _dev(embeddings, dev), {}
+
+    return Task(train, dev, judge, protocols.impostor_pairs(dev.people), sizes)
+
+
 def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str, people: str) -> Task:
     """Trains on people who are not in CFP, as `lfw` does, with LFW's; tests on CFP-FF and CFP-FP."""
     test = photographs.cfp(image_size)
@@ -223,7 +233,9 @@ def _verified(train: Images, verify: tuple[str, ...], size: int) -> Task:
     return Task(train, _Joined([images for images, _ in sets.values()], size), judge)
 
 
-TASKS: dict[str, Callable[..., Task]] = {"orl": orl, "digits": digits, "lfw": lfw, "cfp": cfp, "synthetic": synthetic}
+TASKS: dict[str, Callable[..., Task]] = {
+    "orl": orl, "digits": digits, "lfw": lfw, "cfp": cfp, "development": development, "synthetic": synthetic,
+}  # fmt: skip
 
 
 def load(config: TrainConfig) -> Task:

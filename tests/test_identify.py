@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvrepro.protocols import identification as module
-from mvrepro.protocols import identify, megaface, nearest_people, tpr_at_far_distractors, tpr_at_fpr, trillion_pairs
+from mvrepro.protocols import (
+    identify,
+    megaface,
+    nearest_people,
+    rank1_by_person,
+    tpr_at_far_distractors,
+    tpr_at_fpr,
+    trillion_pairs,
+)
 
 often = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -122,6 +130,25 @@ def test_megaface_without_its_noise_is_identification_and_verification_of_the_re
         assert rate == pytest.approx(np.mean(first))
     keep = np.array(left)
     assert [found.verification] == tpr_at_far_distractors(probes[keep], ids[keep], np.array(rest), [0.01])
+
+
+@often
+@given(st.integers(0, 10_000), st.integers(1, 20), st.integers(1, 9))
+def test_rank_1_by_person_is_that_of_counting_one_by_one(seed: int, chunk: int, tile: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids, distractors = rng.integers(0, 5, 12), signs(rng, 17)
+    x = signs(rng, 5)[ids] * rng.choice([-1, 1], (12, 16), p=[0.3, 0.7])
+    before, module.PROBES = module.PROBES, tile
+    try:
+        people, pairs, found = rank1_by_person(x, ids, distractors, chunk=chunk)
+    finally:
+        module.PROBES = before
+    several = [who for who in range(5) if (ids == who).sum() > 1]
+    assert people.tolist() == several
+    for who, all_, right in zip(several, pairs, found, strict=True):
+        both = list(permutations(x[ids == who], 2))
+        assert all_ == len(both)
+        assert right == sum(all(exact(a, b) > exact(a, d) for d in distractors) for a, b in both)
 
 
 @often

@@ -12,7 +12,7 @@ from PIL import Image
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_toml
 from mvrepro.images import Pixels, archives, photographs, storage
-from mvrepro.training import people
+from mvrepro.training import people, tasks
 
 REAL = os.environ.get("MVREPRO_DATA")
 
@@ -93,6 +93,19 @@ def test_the_people_of_the_test_are_left_in_and_as_many_others_taken_out(data: P
         tested = counted(train).keys() - counted(clean).keys()
         assert 0 < len(tested) <= sizes["people_also_tested"]
     assert len({tuple(counted(train)) for train, _, _ in draws}) > 1
+
+
+def test_the_development_task_trains_as_lfw_does_and_tests_nobody_of_lfw(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    celeba = in_memory({f"celeba-{i:05}": 2 for i in range(10, 60)}, 10)
+    monkeypatch.setattr(photographs, "celeba", lambda size: celeba)
+    task = tasks.development(seed=0, image_size=2, remove="overlap")
+    train, dev, sizes = people.select("lfw", 2)
+    assert task.sizes == sizes and counted(dev) == {f"celeba-{i:05}": 2 for i in range(10, 60)} | {"fiw:F1.MID2": 2}
+    assert np.array_equal(task.train.people, train.people) and np.array_equal(task.test.people, dev.people)
+    metrics, evidence = task.judge(np.random.default_rng(0).normal(size=(len(dev), 4)).astype(np.float32), None)
+    assert set(metrics) == {"dev_tpr@fpr=0.001", "dev_rank1"} and not evidence
 
 
 def test_who_trains_for_cfp(data: Path) -> None:

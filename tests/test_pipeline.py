@@ -167,7 +167,7 @@ def test_a_profile_computes_nothing_of_another():
 
 def test_what_a_profile_or_a_notebook_is_called():
     with pytest.raises(
-        UserError, match=r"profile 'quik' has no stages in dvc.yaml; known are: quick, faces, early, toy"
+        UserError, match=r"profile 'quik' has no stages in dvc.yaml; known are: quick, faces, tuning, early, toy"
     ):
         pipeline.select("quik")
     with pytest.raises(UserError, match=r"no notebook '07' on quick; known are: 00, 01, 02, 03, 04, 05, 06, 11"):

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,8 @@ def test_a_damaged_list_is_found_before_anything_is_trained(tmp_path: Path, monk
 # Whatever is in TASKS, one of your own as well
 
 
-@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name != "synthetic"])  # which has no test
+# synthetic has no test, and test_people.py has the sets of development
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name not in ("synthetic", "development")])
 def test_every_task_tests_on_others_and_judges_in_shares(small: World, name: str, monkeypatch: Any) -> None:
     for key, found in small.sets.items():
         monkeypatch.setattr(photographs, key, lambda size, found=found: found)
@@ -335,6 +337,7 @@ NAMES = {
         "blufr_vr@far=0.001",
         "blufr_dir@far=0.01",
         "rank1",
+        "rank1_by_person",
         "dev_tpr@fpr=0.001",
         "dev_rank1",
     ],
@@ -395,7 +398,7 @@ def test_dev_metrics_are_of_the_dev_people_alone(small: World, name: str) -> Non
     changed = embeddings.copy()
     changed[own:] = np.random.default_rng(1).normal(size=changed[own:].shape)
     moved = {k for k, v in task.judge(changed, WEIGHTS)[0].items() if v != metrics[k]}
-    assert moved <= {"dev_tpr@fpr=0.001", "dev_rank1", "rank1"}
+    assert moved <= {"dev_tpr@fpr=0.001", "dev_rank1", "rank1", "rank1_by_person"}
 
 
 def kfold_parts(world: World, name: str) -> list[tuple[str, photographs.Pairs]]:
@@ -488,6 +491,11 @@ def test_evidence_of_rank_1_is_that_of_a_search_by_hand(small: World) -> None:
     assert metrics["rank1"] == part["rates"][-1] == pytest.approx(found.mean(), abs=1e-6)
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(part["correct"]), np.uint8), count=len(found)).astype(bool)
     assert np.array_equal(bits, found)
+    mates = [[i for n, i in row.items() if n[:-5] == p] for p in several]
+    share = [np.mean([unit[a] @ unit[b] > (pool @ unit[a]).max() for a, b in permutations(each, 2)]) for each in mates]
+    assert metrics["rank1_by_person"] == pytest.approx(np.mean(share))
+    assert [int(n) for n in part["pairs"].split()] == [len(each) * (len(each) - 1) for each in mates]
+    assert np.array(part["found"].split(), int) / np.array(part["pairs"].split(), int) == pytest.approx(np.array(share))
 
 
 def test_harder_pairs_are_judged_where_the_folder_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from mvrepro.protocols.identification import (
     identify,
     megaface,
     nearest_people,
+    rank1_by_person,
     tpr_at_far_distractors,
     trillion_pairs,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "nearest_people",
     "pair_cosines",
     "pair_scores",
+    "rank1_by_person",
     "tpr_at_far_distractors",
     "tpr_at_fpr",
     "trillion_pairs",

@@ -180,6 +180,28 @@ def trillion_pairs(
     return TrillionPairs(Operating(far_identification, share, point.threshold, point.false_accepts), found.points[0])
 
 
+def rank1_by_person(
+    x: ArrayLike, ids: ArrayLike, distractors: Floats, *, chunk: int = 1024
+) -> tuple[NDArray[Any], Rows, Rows]:
+    """Rank 1 as MegaFace counts it, a person at a time: people (P,) in order, pairs (P,) and how many are found (P,).
+
+    x (N, D) with ids (N,); distractors (M, D), of people who are not among ids. The pairs of a person are all (probe,
+    other image of that person), both ways round; one is found where its score is above that of every distractor with
+    the probe. People with one image have no pair and are left out. ValueError as identify, and where nobody has two.
+    """
+    rows, who = rows_and_ids(x, ids)
+    _check(rows, distractors, "distractors")
+    left, right = _genuine(who)
+    check_scores(genuine=len(left), impostor=len(rows) * len(distractors))
+    best = _Best(len(rows), 1)
+    for _ in _scan(rows.astype(np.float32), distractors, [len(distractors)], chunk, best.add):
+        pass
+    score, refused = cosines(rows, left, rows, right), best.top[:, 0]
+    people, which = np.unique(who[left], return_inverse=True)
+    found = np.add(score > refused[left], score > refused[right], dtype=np.intp)
+    return people, 2 * np.bincount(which), np.bincount(which, found, len(people)).astype(np.intp)
+
+
 def nearest_people(
     x: ArrayLike, ids: ArrayLike, y: ArrayLike, others: ArrayLike, *, chunk: int = 1024
 ) -> tuple[NDArray[Any], NDArray[Any], Scores]:

@@ -112,6 +112,24 @@ def learned() -> str:
     return "\n" + "\n".join(parts) + "\n"
 
 
+def tuning() -> str:
+    """What was tried for each loss: a row a loss, m and t, a column a learning rate."""
+    tried = {}
+    for record in profiles().get("tuning", []):
+        config = record["config"]
+        loss, m, t = config["loss"], "–", "–"
+        if loss not in ("Softmax", "HM-Softmax", "F-Softmax"):
+            m = f"{config['m']:g}"
+        if loss.startswith(("MV-", "SV-")):
+            t = f"{config['t']:g}"
+        cell = f"{100 * record['metrics']['dev_tpr@fpr=0.001']:.1f} ({100 * record['learned']['top1']:.0f})"
+        tried[loss, m, t, config["lr"]] = cell
+    rates = sorted({rate for *_, rate in tried}, reverse=True)
+    kinds = sorted({kind[:3] for kind in tried}, key=lambda kind: (SHOWN.index(kind[0]), *kind[1:]))
+    rows = [[*kind, *(tried.get((*kind, rate), "–") for rate in rates)] for kind in kinds]
+    return markdown(["loss", "m", "t", *(f"lr {rate:g}" for rate in rates)], rows)
+
+
 def people() -> str:
     """Whom the longer training of faces sees, set by set (paper/people.toml)."""
     sets = read_toml(ROOT / "paper" / "people.toml")["set"]
@@ -139,7 +157,7 @@ def counted() -> str:
     return markdown(["set", "people", "with two images or more", "images"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {each.__name__: each for each in (runs, spent, learned, people, counted)}
+TABLES: dict[str, Callable[[], str]] = {each.__name__: each for each in (runs, spent, learned, tuning, people, counted)}
 
 
 def filled(text: str) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mvrepro.determinism import CAPS, environment
+from mvrepro.determinism import set_environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
 from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, config_hash, in_git
@@ -391,14 +391,13 @@ def compute(
 
 
 def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:
-    os.environ.update(environment(threads=1))
+    set_environment(threads=1)
     return ProcessPoolExecutor(jobs, DeafContext(), _begin, (capped,))
 
 
 def _begin(capped: bool) -> None:
     """What a worker does first: it prints to .mvrepro/log, and ends when its parent does, however that ended."""
-    for name in () if capped else CAPS:
-        os.environ.pop(name, None)
+    set_environment(threads=1, portable=capped)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the parent ends its workers
     os.chdir(ROOT)
     LOCAL.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from mvrepro.determinism import CAPS, ENVIRONMENT, environment
+from mvrepro import determinism
 from mvrepro.errors import UserError
 from mvrepro.files import PARAMS, ROOT, display, read_yaml
 from mvrepro.training.config import TrainConfig, check, from_settings, kind
@@ -109,11 +109,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def set_environment(config: TrainConfig) -> None:
     """What must be so before torch starts."""
-    # what makes bits repeatable makes products slow; make sets all of it
-    for name in ENVIRONMENT if not config.deterministic else () if config.portable else CAPS:
-        os.environ.pop(name, None)
     if config.deterministic:
-        os.environ.update(environment(config.threads, portable=config.portable))
+        determinism.set_environment(config.threads, portable=config.portable)
+        return
+    for name in determinism.ENVIRONMENT:  # what makes bits repeatable makes products slow; make sets all of it
+        os.environ.pop(name, None)
 
 
 def options(arguments: argparse.Namespace) -> TrainConfig:

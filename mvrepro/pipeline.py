@@ -56,6 +56,7 @@ class Step:
     config: TrainConfig | None = None  # of a run
     base: TrainConfig | None = None  # of the run with whose network it begins
     keeps: bool = False  # whether another run begins with its network
+    given: tuple[str, ...] = ()  # the settings of its row, which are for it and not for a whole profile
 
     def needs(self, other: "Step") -> bool:
         """True where it reads what the other writes, or a folder around that or below."""
@@ -75,6 +76,7 @@ class Step:
         if self.config:
             from mvrepro.training import loop
 
+            loop.check_used(self.config, self.given)
             begin = network_of(self.base) if self.base else None
             loop.run(self.config, self.writes[0], keep=network_of(self.config) if self.keeps else None, begin=begin)
             keep_committed(self.writes[0])
@@ -118,7 +120,11 @@ def runs(profile: str, folder: Path = RESULTS / "runs", **changes: Any) -> list[
             config = from_settings(settings, f"params.yaml, {profile}")
             record = folder / profile / f"{config.run_name()}.json"
             writes = (record, record.with_suffix(".safetensors")) if config.data == "digits" else (record,)
-            found.append(Step(f"{profile}/{config.run_name()}", (), TRAINING, writes, config=config))
+            name = f"{profile}/{config.run_name()}"
+            found.append(Step(name, (), TRAINING, writes, config=config, given=tuple(grid)))
+    names = [step.name for step in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"params.yaml, {profile}: two runs are called {twice[0]}: give one of their rows a variant")
     plain = {(s.config.loss, s.config.seed): s.config for s in found if s.config and not s.config.variant}
     bases = {s.name: plain.get((s.config.after, s.config.seed)) for s in found if s.config and s.config.after}
     if lost := [name for name, base in bases.items() if base is None]:

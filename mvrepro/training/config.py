@@ -2,6 +2,7 @@
 command sets first; the options of `python -m mvrepro train` are made from the fields."""
 
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -123,6 +124,21 @@ class TrainConfig:
         dim = f"_{self.embedding_dim}d" if self.data == "digits" else ""
         variant = f"_{self.variant.replace(' ', '-')}" if self.variant else ""
         return f"{self.loss}{t}{dim}{variant}_seed{self.seed}"
+
+
+# What a setting counts with: rows of mvrepro.LOSSES, or values of another setting. loop.check_used holds to it.
+OF_LOSSES: dict[str, Callable[[Any], bool]] = {
+    "m": lambda loss: loss.f != "cos",
+    "easy_margin": lambda loss: loss.f != "cos",
+    "annealing": lambda loss: loss.f == "A",
+    "t": lambda loss: loss.h is not None,
+    "t_warmup": lambda loss: loss.h is not None,
+    "margin_epochs": lambda loss: loss.h is not None,
+    "stop_gradient": lambda loss: loss.h == "adaptive",
+    "gamma": lambda loss: loss.g == "F",
+    "hard_ratio": lambda loss: loss.g == "HM",
+}
+OF_OTHERS = {"milestones": ("schedule", "step"), "portable": ("deterministic", True)}
 
 
 def kind(name: str) -> type:

@@ -227,13 +227,18 @@ def _verified(train: Images, verify: tuple[str, ...], size: int) -> Task:
 TASKS: dict[str, Callable[..., Task]] = {"orl": orl, "digits": digits, "lfw": lfw, "cfp": cfp, "synthetic": synthetic}
 
 
+def builder(data: str) -> Callable[..., Task]:
+    """What makes the task of a value of TrainConfig.data; its arguments are the settings that it depends on."""
+    return TASKS.get(data, at_path)
+
+
 def load(config: TrainConfig) -> Task:
     """The task of a config, from those of its settings that it depends on. Raises UserError with the known names, and
     where a test has too few impostor pairs for an FPR."""
     if config.data not in TASKS and not Path(config.data).exists():
         known = ", ".join(TASKS)
         raise UserError(f"unknown data {config.data!r}; known are: {known}; and there is no such file or folder")
-    build = TASKS.get(config.data, at_path)
+    build = builder(config.data)
     task = build(**{setting: getattr(config, setting) for setting in inspect.signature(build).parameters})
     if task.impostor_pairs is not None:
         try:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from mvrepro.determinism import set_environment
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
+from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, lock, read_json, read_yaml, write_atomic, write_json
 from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, config_hash, in_git
 from mvrepro.terminal import DeafContext
 from mvrepro.training.config import TrainConfig, from_settings
@@ -319,17 +319,14 @@ def only_one() -> Iterator[None]:
     """Hold the project for one runner; a second one waits. The lock dies with its process."""
     try:
         LOCAL.mkdir(parents=True, exist_ok=True)
-        file = (LOCAL / "lock").open("w")
+        file = (LOCAL / "lock").open("a")
     except OSError as error:
         raise explain_os_error(error, f"write {display(LOCAL)}") from None
     with file:
-        import fcntl  # which Windows lacks
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another `make reproduce` is at work in this folder; waiting for it to end", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not lock(file, wait=False):
+                print("another `make reproduce` is at work in this folder; waiting for it to end", flush=True)
+                lock(file)
         yield
 
 

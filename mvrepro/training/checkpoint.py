@@ -13,7 +13,6 @@ that all of them see.
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import TEMPORARY, display, write_json
+from mvrepro.files import TEMPORARY, display, sync, write_json
 from mvrepro.training.network import Network, part_of
 from mvrepro.training.ranks import Ranks
 
@@ -206,11 +205,11 @@ def _fault(folder: Path, names: set[str] | None = None) -> str | None:
 
 def _publish(aside: Path, path: Path) -> None:
     try:
-        _sync(aside)
+        sync(aside)
         if path.exists():  # a corrupt one, which a run from an earlier one has come past
             _remove(path)
         aside.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise explain_os_error(error, f"write {display(path)}") from None
 
@@ -237,20 +236,12 @@ def _save(path: Path, state: dict[str, Tensor]) -> str:
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, path)
         path.chmod(0o644)  # safetensors keeps others out
-        _sync(path)
+        sync(path)
         return _sha256(path)
     except OSError as error:
         raise explain_os_error(error, f"write {display(path)}") from None
     except SafetensorError as error:  # what it makes of a full disk
         raise UserError(f"could not write {display(path)}: {error}; nothing half-written was kept") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

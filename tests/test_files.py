@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvrepro import files
-from mvrepro.errors import UserError, explain_os_error
+from mvrepro.errors import LONGEST, UserError, explain_os_error, first_words
 from mvrepro.files import ROOT, TEMPORARY, display, lock, read_json, sweep, sync, write_atomic, write_json
 from mvrepro.images import storage
 
@@ -312,6 +312,19 @@ def test_messages_without_a_file_name_have_no_empty_brackets() -> None:
 def test_paths_are_shown_as_the_user_knows_them(tmp_path: Path) -> None:
     assert display(ROOT / "results" / "claims.json") == "results/claims.json"
     assert display(tmp_path / "x") == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("No such device. Try another one.\nframe #0: …"), "No such device"),
+        (RuntimeError("\n  out of luck \nmore"), "out of luck"),
+        (RuntimeError(""), "RuntimeError"),
+        (RuntimeError("x" * 1000), "x" * LONGEST + " …"),
+    ],
+)
+def test_what_a_library_says_is_cut_to_its_first_sentence(error: RuntimeError, said: str) -> None:
+    assert first_words(error) == said
 
 
 # Locks, with what Unix has and with what Windows has

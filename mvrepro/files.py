@@ -95,6 +95,13 @@ def check_file(path: Path) -> None:
     check_writable(path)
 
 
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """check_file, for what must be none of the files that are read, either."""
+    check_file(path)
+    if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
+        raise UserError(f"{display(path)} is read, and would be written over: name another file")
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON with a stable layout, so that equal values are equal bytes; NaN and infinity are refused."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

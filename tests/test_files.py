@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from mvrepro import files
 from mvrepro.errors import LONGEST, UserError, explain_os_error, first_words
-from mvrepro.files import ROOT, TEMPORARY, display, lock, read_json, sweep, sync, write_atomic, write_json
+from mvrepro.files import ROOT, TEMPORARY, check_output, display, lock, read_json, sweep, sync, write_atomic, write_json
 from mvrepro.images import storage
 
 OLD, NEW = b"the old content", b"something new " * 1000
@@ -325,6 +325,17 @@ def test_paths_are_shown_as_the_user_knows_them(tmp_path: Path) -> None:
 )
 def test_what_a_library_says_is_cut_to_its_first_sentence(error: RuntimeError, said: str) -> None:
     assert first_words(error) == said
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(OLD)
+    (tmp_path / "link").symlink_to(tmp_path / "list.txt")
+    inputs = [tmp_path / "missing", tmp_path / "list.txt"]
+    for out in ("list.txt", "link", "../" + tmp_path.name + "/list.txt"):
+        with pytest.raises(UserError, match="is read, and would be written over: name another file"):
+            check_output(tmp_path / out, inputs)
+    check_output(tmp_path / "other.txt", inputs)
+    check_output(tmp_path / "list.txt", [tmp_path / "missing"])
 
 
 # Locks, with what Unix has and with what Windows has

@@ -273,6 +273,7 @@ def test_pairs_are_judged_as_the_protocol_does(lfw: Path, capsys: pytest.Capture
     same = np.tile([True] * 3 + [False] * 3, 2)
     expected = protocols.kfold_accuracy(protocols.pair_cosines(x, left, right), same, np.repeat([0, 1], 6))
     given = ("--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", "--pairs", lfw / "pairs.txt")
+    assert "is read, and would be written over" in fails(capsys, "lfw", *given, "--out", given[1])
     printed = judged(capsys, "lfw", *given, "--out", lfw / "out.json")
     assert printed[0] == f"accuracy: {100 * expected.mean:.2f} %"
     assert json.loads((lfw / "out.json").read_text()) == {

@@ -148,6 +148,12 @@ def write_checkpoint(path: Path, step: int, network: Network, about: dict[str, A
         raise
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, whole or damaged, and holds nothing else: one may take its place."""
+    names = {found.name for found in path.iterdir()} if path.is_dir() else set()
+    return "manifest.json" in names and all(name.endswith((".json", ".safetensors")) for name in names)
+
+
 def read_backbone(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """What networks.build made the backbone of a checkpoint from, its run's settings, and its weights by name.
     Raises UserError."""

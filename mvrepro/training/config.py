@@ -2,6 +2,7 @@
 command sets first; the options of `python -m mvrepro train` are made from the fields."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
@@ -160,6 +161,10 @@ def check(config: TrainConfig) -> None:
             if item.metadata["one_of"] and one not in item.metadata["one_of"]:
                 known = ", ".join(item.metadata["one_of"])
                 raise UserError(f"unknown {item.name} {one!r}; known are: {known}")
+    if re.search(r"[/\\]", config.variant) or not config.variant.isprintable():
+        raise UserError(
+            f"variant must be words, without / and the like: it is a part of files' names, got {config.variant!r}"
+        )
     if (config.data == "synthetic") != bool(config.synthetic_classes):
         raise UserError("--data synthetic and --synthetic-classes K belong together")
     if config.update_in_backward and (config.accumulate > 1 or config.clip):

@@ -23,7 +23,7 @@ from mvrepro.losses import LOSSES
 from mvrepro.provenance import code_hash, config_hash, provenance
 from mvrepro.training import tasks
 from mvrepro.training.batches import Feed, Order
-from mvrepro.training.checkpoint import Snapshots, start_from, write_checkpoint
+from mvrepro.training.checkpoint import Snapshots, is_checkpoint, start_from, write_checkpoint
 from mvrepro.training.config import OF_LOSSES, OF_OTHERS, TrainConfig, check, emphasis, rate
 from mvrepro.training.logs import Course, Logs, Pace
 from mvrepro.training.network import Network
@@ -67,8 +67,11 @@ def train(
     check(config)
     if config.after and not begin:
         raise UserError("--after is for the runs of params.yaml: here --start-from names the checkpoint to begin with")
-    if save and save.exists() and not (save / "manifest.json").is_file():
+    if save and save.exists() and not is_checkpoint(save):
         raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
+    for place in filter(None, (out, work)):
+        if save and place.resolve().is_relative_to(save.resolve()):  # what lies there makes room for a checkpoint
+            raise UserError(f"--out {display(place)} lies in --save {display(save)}: choose another place for one")
     for place in filter(None, (out, work, save)):
         check_writable(place)
     with joined(config) as ranks, closing(prepare(config, ranks)) as session:

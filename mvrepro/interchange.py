@@ -22,6 +22,7 @@ import json
 import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,7 +286,7 @@ def load_embeddings(path: Path) -> NDArray[np.floating[Any]]:
     """(N, D) floats out of a .npy file, memory-mapped. Raises UserError for what is none, and for a pickle in it."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = "it holds no plain array of numbers" if "pickle" in str(error) else error
         raise UserError(f"{path} is not a readable .npy file: {reason}") from None
     if not isinstance(array, np.ndarray):

@@ -229,9 +229,10 @@ def test_embeddings_are_mapped_and_checked(tmp_path: Path) -> None:
     np.savez(tmp_path / "e.npz", a=np.ones((3, 4)))
     with pytest.raises(UserError, match="several arrays"):
         interchange.load_embeddings(tmp_path / "e.npz")
-    path.write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"not a readable \.npy"):
-        interchange.load_embeddings(path)
+    for content in (b"junk", b"PK\x03\x04 no whole archive", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"not a readable \.npy"):
+            interchange.load_embeddings(path)
 
 
 # judge

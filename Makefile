@@ -79,7 +79,7 @@ test: env ## the tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
 
 test-hard: env ## at night: 1,000 damaged files of each kind, every hostile command line, and the slow tests
-	@FUZZ=1000 HOSTILE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_fuzz.py tests/test_hostile.py tests/test_wheel.py tests/test_faults.py
+	@FUZZ=1000 HOSTILE=1 KILLS=30 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_fuzz.py tests/test_hostile.py tests/test_wheel.py tests/test_faults.py
 
 audit: env ## which pinned packages have known vulnerabilities, by pip-audit (needs a network)
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-dev.txt

@@ -13,6 +13,8 @@ that all of them see.
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -247,7 +249,9 @@ def _save(path: Path, state: dict[str, Tensor]) -> str:
     except OSError as error:
         raise explain_os_error(error, f"write {display(path)}") from None
     except SafetensorError as error:  # what it makes of a full disk
-        raise UserError(f"could not write {display(path)}: {error}; nothing half-written was kept") from None
+        number = re.search(r"os error (\d+)", str(error))
+        fault = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+        raise explain_os_error(fault, f"write {display(path)}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -394,8 +394,8 @@ def test_a_full_disk_is_one_line_and_the_next_call_ends_the_work(tmp_path, line)
 
     from mvrepro import interchange, networks
 
-    about = {"image_size": 32, "embedding_dim": 4096}
-    interchange.save_backbone(tmp_path / "net.safetensors", networks.build("toy", **about), "toy", **about)
+    name, about = "iresnet-tiny", {"image_size": 32, "embedding_dim": 4096}
+    interchange.save_backbone(tmp_path / "net.safetensors", networks.build(name, **about), name, **about)
     noise = random.Random(0)
     for place in (f"{person}/{shot}" for person in ("ann", "bo") for shot in range(60)):
         (path := tmp_path / f"people/{place}.png").parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvrepro.determinism import ENVIRONMENT
-from mvrepro.errors import UserError
+from mvrepro.errors import UserError, first_words
 from mvrepro.files import ROOT, check_file, display, write_json
 from mvrepro.heads import sweep
 from mvrepro.heads.margin import MarginHead
@@ -420,8 +420,7 @@ def _check(arguments: argparse.Namespace) -> None:
     try:
         torch.ones(1, device=arguments.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {arguments.device} can't be used: {reason}") from None
+        raise UserError(f"--device {arguments.device} can't be used: {first_words(error)}") from None
 
 
 def table(entry: dict[str, Any]) -> str:

@@ -33,8 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--rounds must be in 1 … 10,000, got {arguments.rounds}")
     check_file(arguments.out.absolute())
     door.set_environment(config)
+    from mvrepro.training.loop import check_used
     from mvrepro.training.ranks import joined
 
+    check_used(config, door.given(arguments))
     with joined(config) as ranks:
         record = measure(config, ranks, arguments.rounds)
         if ranks.rank == 0:

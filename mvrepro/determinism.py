@@ -25,6 +25,14 @@ def environment(threads: int, *, portable: bool = True) -> dict[str, str]:
     return found if portable else {name: value for name, value in found.items() if name not in CAPS}
 
 
+def set_environment(threads: int, *, portable: bool = True) -> None:
+    """`environment` for this process, and for those that it starts; before it loads the libraries."""
+    wanted = environment(threads, portable=portable)
+    for name in CAPS:  # which make exports
+        os.environ.pop(name, None)
+    os.environ.update(wanted)
+
+
 def make_deterministic(seed: int, threads: int) -> None:
     """Seed every generator and let torch use deterministic algorithms only, without TF32.
 

@@ -2,9 +2,18 @@
 
 import errno
 
+LONGEST = 160  # characters of others' words within a message of ours
+
 
 class UserError(Exception):
     """What was wrong, where, and what would be right. The command line prints it and exits with 1."""
+
+
+def first_words(error: BaseException) -> str:
+    """The first sentence of what a library says, which may go on for a page; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    sentence = lines[0].split(". ")[0] if lines else type(error).__name__
+    return sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST].rstrip()} …"
 
 
 def explain_os_error(error: OSError, doing: str) -> UserError:

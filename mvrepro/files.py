@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import tempfile
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from mvrepro.errors import UserError, explain_os_error
 
@@ -94,6 +95,13 @@ def check_file(path: Path) -> None:
     check_writable(path)
 
 
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """check_file, for what must be none of the files that are read, either."""
+    check_file(path)
+    if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
+        raise UserError(f"{display(path)} is read, and would be written over: name another file")
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON with a stable layout, so that equal values are equal bytes; NaN and infinity are refused."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -156,6 +164,44 @@ def check_once(path: Path, numbered: Iterable[tuple[int, str]]) -> None:
     for number, text in numbered:
         if first.setdefault(text, number) != number:
             raise UserError(f"{path}, lines {first[text]} and {number}: {text} stands there twice")
+
+
+def lock(file: IO[Any], *, wait: bool = True) -> bool:
+    """Hold an open file for this process, until it is closed or the process ends, however that comes about. Returns
+    whether it is held: without `wait`, not where another process has it. Raises OSError on a file system without locks.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(0)  # what is held is one byte from here on
+        while True:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EDEADLK):
+                    raise
+            if not wait:
+                return False
+            time.sleep(0.1)
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk. Windows, which opens no folder, keeps names without it."""
+    if sys.platform == "win32" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sweep(folder: Path) -> None:

@@ -22,6 +22,7 @@ import json
 import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mvrepro import networks
-from mvrepro.errors import UserError
+from mvrepro.errors import UserError, first_words
 from mvrepro.files import write_atomic
 from mvrepro.heads.margin import MarginHead
 
@@ -220,7 +221,7 @@ def load_onnx(path: Path, threads: int = 0) -> Embedder:
         graph = onnx.load(path, load_external_data=False).graph
         session = onnxruntime.InferenceSession(path, options, onnxruntime.get_available_providers())
     except Exception as error:  # either has many errors of its own
-        raise UserError(f"{path} is not a readable ONNX network: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a readable ONNX network: {first_words(error)}") from None
     inputs = session.get_inputs()
     shape = [side if isinstance(side, int) else None for side in inputs[0].shape] if len(inputs) == 1 else []
     if last := len(shape) == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
@@ -234,7 +235,7 @@ def load_onnx(path: Path, threads: int = 0) -> Embedder:
         try:
             found = session.run(None, {inputs[0].name: images})[0]
         except Exception as error:
-            raise UserError(f"{path} doesn't take images {images.shape}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} doesn't take images {images.shape}: {first_words(error)}") from None
         return np.asarray(found)
 
     ours = (inputs[0].name, session.get_outputs()[0].name) == ("images", "embeddings")
@@ -285,7 +286,7 @@ def load_embeddings(path: Path) -> NDArray[np.floating[Any]]:
     """(N, D) floats out of a .npy file, memory-mapped. Raises UserError for what is none, and for a pickle in it."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = "it holds no plain array of numbers" if "pickle" in str(error) else error
         raise UserError(f"{path} is not a readable .npy file: {reason}") from None
     if not isinstance(array, np.ndarray):

@@ -31,9 +31,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mvrepro.determinism import CAPS, environment
+from mvrepro.determinism import set_environment
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, read_json, read_yaml, write_atomic, write_json
+from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, lock, read_json, read_yaml, write_atomic, write_json
 from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, config_hash, in_git
 from mvrepro.terminal import DeafContext
 from mvrepro.training.config import TrainConfig, from_settings
@@ -56,6 +56,7 @@ class Step:
     config: TrainConfig | None = None  # of a run
     base: TrainConfig | None = None  # of the run with whose network it begins
     keeps: bool = False  # whether another run begins with its network
+    given: tuple[str, ...] = ()  # the settings of its row, which are for it and not for a whole profile
 
     def needs(self, other: "Step") -> bool:
         """True where it reads what the other writes, or a folder around that or below."""
@@ -75,6 +76,7 @@ class Step:
         if self.config:
             from mvrepro.training import loop
 
+            loop.check_used(self.config, self.given)
             begin = network_of(self.base) if self.base else None
             loop.run(self.config, self.writes[0], keep=network_of(self.config) if self.keeps else None, begin=begin)
             keep_committed(self.writes[0])
@@ -118,7 +120,11 @@ def runs(profile: str, folder: Path = RESULTS / "runs", **changes: Any) -> list[
             config = from_settings(settings, f"params.yaml, {profile}")
             record = folder / profile / f"{config.run_name()}.json"
             writes = (record, record.with_suffix(".safetensors")) if config.data == "digits" else (record,)
-            found.append(Step(f"{profile}/{config.run_name()}", (), TRAINING, writes, config=config))
+            name = f"{profile}/{config.run_name()}"
+            found.append(Step(name, (), TRAINING, writes, config=config, given=tuple(grid)))
+    names = [step.name for step in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"params.yaml, {profile}: two runs are called {twice[0]}: give one of their rows a variant")
     plain = {(s.config.loss, s.config.seed): s.config for s in found if s.config and not s.config.variant}
     bases = {s.name: plain.get((s.config.after, s.config.seed)) for s in found if s.config and s.config.after}
     if lost := [name for name, base in bases.items() if base is None]:
@@ -313,17 +319,14 @@ def only_one() -> Iterator[None]:
     """Hold the project for one runner; a second one waits. The lock dies with its process."""
     try:
         LOCAL.mkdir(parents=True, exist_ok=True)
-        file = (LOCAL / "lock").open("w")
+        file = (LOCAL / "lock").open("a")
     except OSError as error:
         raise explain_os_error(error, f"write {display(LOCAL)}") from None
     with file:
-        import fcntl  # which Windows lacks
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another `make reproduce` is at work in this folder; waiting for it to end", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not lock(file, wait=False):
+                print("another `make reproduce` is at work in this folder; waiting for it to end", flush=True)
+                lock(file)
         yield
 
 
@@ -391,14 +394,13 @@ def compute(
 
 
 def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:
-    os.environ.update(environment(threads=1))
+    set_environment(threads=1)
     return ProcessPoolExecutor(jobs, DeafContext(), _begin, (capped,))
 
 
 def _begin(capped: bool) -> None:
     """What a worker does first: it prints to .mvrepro/log, and ends when its parent does, however that ended."""
-    for name in () if capped else CAPS:
-        os.environ.pop(name, None)
+    set_environment(threads=1, portable=capped)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for good: the parent ends its workers
     os.chdir(ROOT)
     LOCAL.mkdir(parents=True, exist_ok=True)

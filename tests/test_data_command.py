@@ -171,6 +171,17 @@ def test_nothing_is_written_into_what_is_read(people: Path, tmp_path: Path, caps
     assert sorted(people.rglob("*")) == before
 
 
+def test_a_list_is_not_written_over_one_that_is_read(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tested = tmp_path / "tested"
+    tested.write_text("Bo\n")
+    assert "tested is read, and would be written over" in call(
+        capsys, "overlap", people, tested, "--out", tested, code=1
+    )
+    assert tested.read_text() == "Bo\n"
+
+
 def test_a_name_that_is_not_utf8_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (b"Jos\xe9", b"Ann"):
         (tmp_path / "set" / os.fsdecode(name)).mkdir(parents=True)

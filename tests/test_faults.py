@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trees import commit, copy_tree, make, run, run_git, start
+from trees import ROOT, commit, copy_tree, make, run, run_git, start
 
+KILLS = int(os.environ.get("KILLS", "4"))  # `make test-hard`: 30
 METADATA = {
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
     "language_info": {"name": "python"},
@@ -121,7 +122,7 @@ def test_a_second_call_does_nothing(tree):
 
 
 @pytest.mark.xdist_group("faults")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(KILLS))
 def test_reproduce_killed_at_a_random_moment(tree, seed):
     process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
     time.sleep(random.Random(seed).uniform(0.5, 9.0))
@@ -260,6 +261,158 @@ def test_results_that_cannot_be_written_are_one_clear_message(tree):
     assert code == 1
     assert "could not write results" in output
     assert "Traceback" not in output
+
+
+# As root, too, who else may write everywhere: without the right to do what permissions forbid.
+OBEYING = """
+import ctypes, os, sys
+for right in (1, 2):
+    ctypes.CDLL(None).prctl(24, right, 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.xdist_group("faults")
+def test_results_that_are_read_only_are_one_clear_message_before_anything_is_trained(tree):
+    folders = [tree / "results", *(p for p in (tree / "results").rglob("*") if p.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        command = [sys.executable, "-c", OBEYING, sys.executable, "-m", "mvrepro", "reproduce", "--force"]
+        code, output = run(tree, *command)
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert code == 1 and output.count("\n") == 1, output
+    assert output.startswith("mvrepro reproduce: could not write results") and "no permission to write there" in output
+    code, output = make(tree, "reproduce")
+    assert code == 0, output
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+def test_two_at_once_work_one_after_the_other(tree):
+    """Both by force: the one that waits computes the same once more, beside nobody."""
+    first, second = (start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force") for _ in range(2))
+    said = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    assert sorted("waiting for it to end" in text for text in said) == [False, True], said
+    assert all("computed 4 of 4 steps" in text and "0 different" in text for text in said)
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+def test_a_clock_that_is_set_back_makes_nothing_stale(tree):
+    """All files are of tomorrow, then of long ago: neither computes anything, and what is computed is the same."""
+    paths = [tree / name for name in run_git(tree, "ls-files", "-z").split("\0") if name]
+    paths += [path for path in (tree / ".mvrepro").rglob("*") if path.is_file()]
+    for moment in (time.time() + 86_400, 1_000_000_000):
+        for path in paths:
+            os.utime(path, (moment, moment))
+        code, output = make(tree, "reproduce")
+        assert code == 0 and "computed 0 of 4 steps" in output, output
+    code, output = make(tree, "reproduce", "FORCE=1")
+    assert code == 0 and "0 different" in output, output
+    unharmed(tree)
+
+
+# A training alone
+
+HERE = ["env", f"PYTHONPATH={ROOT}", sys.executable]
+LONE = ["train", "--loss", "MV-AM-Softmax-a", "--epochs", "8", "--snapshot-every", "3", "--keep-snapshots", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with the record, snapshots and network of a training that nobody stopped."""
+    folder = tmp_path_factory.mktemp("lone")
+    code, output = run(folder, *HERE, "-m", "mvrepro", *LONE, "--out", "run", "--save", "net")
+    assert code == 0, output
+    return folder
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    """All that a training left, without what tells of time and interruptions."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    record = json.loads(found["run/record.json"])
+    found["run/record.json"] = json.dumps(record | {"provenance": {}}).encode()
+    return {name: content for name, content in found.items() if not name.endswith("log.jsonl")}
+
+
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("seed", range(max(1, KILLS // 4)))
+def test_a_training_that_is_killed_goes_on_to_the_same_bits(whole, tmp_path, with_signal, seed):
+    line = [*HERE, "-m", "mvrepro", *LONE, "--out", "run", "--save", "net", "--resume"]
+    process = start(tmp_path, *line)
+    for _ in range(600):
+        if (tmp_path / "run" / "log.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    time.sleep(random.Random(f"{seed} {with_signal}").uniform(0, 3))
+    process.send_signal(with_signal)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (0, -with_signal), output
+    code, output = run(tmp_path, *line)
+    assert code == 0, output
+    assert bits(tmp_path) == bits(whole)
+
+
+@pytest.mark.xdist_group("faults")
+def test_memory_that_runs_out_in_a_training_is_one_line(tmp_path):
+    """26 GB of class weights, where a process may have 8."""
+    limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (8 << 30,) * 2); "
+    limit += "runpy.run_module('mvrepro', run_name='__main__')"
+    sizes = ["--data", "synthetic", "--synthetic-classes", "100000", "--embedding-dim", "65536"]
+    code, output = run(tmp_path, *HERE, "-c", limit, *LONE, *sizes, "--out", "run")
+    assert code == 1 and output.count("\n") == 1, output
+    assert output.startswith("mvrepro train: the device's memory is full: try a smaller --batch-size")
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+# A disk of 300 kB, on which each command is called, then once more where it has grown
+DISK = """mount -t tmpfs -o size=300k none small || exit 77
+python() { "$PYTHON" "$@"; }
+python -m mvrepro $LINE; echo "code $?"; find small -name '.writing-*'
+mount -o remount,size=64m small; python -m mvrepro $LINE; echo "code $?"; find small -name '.writing-*'"""
+
+
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train --loss Softmax --epochs 1 --out small/run --save small/net --resume",
+        "train --loss Softmax --epochs 1 --out out/run --save small/net --resume",
+        "data convert people small/set --to tar",
+        "data convert people small/set --to rec",
+        "data convert people small/set --to folder",
+        "embed net.safetensors people small/out",
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_next_call_ends_the_work(tmp_path, line):
+    from PIL import Image
+
+    from mvrepro import interchange, networks
+
+    name, about = "iresnet-tiny", {"image_size": 32, "embedding_dim": 4096}
+    interchange.save_backbone(tmp_path / "net.safetensors", networks.build(name, **about), name, **about)
+    noise = random.Random(0)
+    for place in (f"{person}/{shot}" for person in ("ann", "bo") for shot in range(60)):
+        (path := tmp_path / f"people/{place}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("RGB", (32, 32), noise.randbytes(3 * 32 * 32)).save(path)
+    (tmp_path / "small").mkdir()
+    shell = ["unshare", "--user", "--map-root-user", "--mount", *HERE[:2], f"PYTHON={sys.executable}", f"LINE={line}"]
+    if not shutil.which("unshare"):
+        pytest.skip("there is no unshare here")
+    _, output = run(tmp_path, *shell, "bash", "-c", DISK)
+    if "code" not in output:
+        pytest.skip(f"no disk can be mounted here: {output.strip()}")
+    first, _, rest = output.partition("code ")
+    (said,) = [text for text in first.splitlines() if text.startswith("mvrepro ")]
+    assert rest.startswith("1\n") and "the disk is full: free some space" in said, output
+    assert rest.rpartition("code ")[2].startswith("0\n") and "Traceback" not in output, output
+    left = output.count("\nsmall/") if line.startswith("embed") else output.count(".writing-")
+    assert left == (1 if line.startswith("embed") else 0), output  # embed goes on from the part that it has
 
 
 @pytest.mark.xdist_group("faults")

@@ -1,5 +1,6 @@
 """Writing is whole or not at all: whatever fails, and whenever the process is killed."""
 
+import contextlib
 import errno
 import json
 import math
@@ -10,13 +11,17 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import ROOT, TEMPORARY, display, read_json, sweep, write_atomic, write_json
+from mvrepro import files
+from mvrepro.errors import LONGEST, UserError, explain_os_error, first_words
+from mvrepro.files import ROOT, TEMPORARY, check_output, display, lock, read_json, sweep, sync, write_atomic, write_json
+from mvrepro.images import storage
 
 OLD, NEW = b"the old content", b"something new " * 1000
 STEPS = {
@@ -307,3 +312,105 @@ def test_messages_without_a_file_name_have_no_empty_brackets() -> None:
 def test_paths_are_shown_as_the_user_knows_them(tmp_path: Path) -> None:
     assert display(ROOT / "results" / "claims.json") == "results/claims.json"
     assert display(tmp_path / "x") == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("No such device. Try another one.\nframe #0: …"), "No such device"),
+        (RuntimeError("\n  out of luck \nmore"), "out of luck"),
+        (RuntimeError(""), "RuntimeError"),
+        (RuntimeError("x" * 1000), "x" * LONGEST + " …"),
+    ],
+)
+def test_what_a_library_says_is_cut_to_its_first_sentence(error: RuntimeError, said: str) -> None:
+    assert first_words(error) == said
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(OLD)
+    (tmp_path / "link").symlink_to(tmp_path / "list.txt")
+    inputs = [tmp_path / "missing", tmp_path / "list.txt"]
+    for out in ("list.txt", "link", "../" + tmp_path.name + "/list.txt"):
+        with pytest.raises(UserError, match="is read, and would be written over: name another file"):
+            check_output(tmp_path / out, inputs)
+    check_output(tmp_path / "other.txt", inputs)
+    check_output(tmp_path / "list.txt", [tmp_path / "missing"])
+
+
+# Locks, with what Unix has and with what Windows has
+
+
+def windows(monkeypatch: pytest.MonkeyPatch, busy: int = 0) -> list[tuple[int, int]]:
+    """Let files.py find what Windows has, where a lock is another's so many times; (place, bytes) of each try."""
+    tries: list[tuple[int, int]] = []
+
+    def locking(handle: int, mode: int, count: int) -> None:
+        tries.append((os.lseek(handle, 0, os.SEEK_CUR), count))
+        if mode != 2 or len(tries) <= busy:
+            raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    return tries
+
+
+def test_a_lock_is_one_processs_until_its_file_is_closed(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("a") as second:
+        with (tmp_path / "lock").open("a") as first:
+            assert lock(first) and not lock(second, wait=False)
+        assert lock(second, wait=False)
+
+
+def test_a_lock_on_windows_waits_and_holds_one_byte_at_the_beginning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "lock").write_text("of before")
+    tries = windows(monkeypatch, busy=3)
+    with (tmp_path / "lock").open("a") as file:
+        assert not lock(file, wait=False) and lock(file)
+    assert tries == [(0, 1)] * 4
+    assert (tmp_path / "lock").read_text() == "of before"
+
+
+def test_windows_opens_no_folder_to_force_it_to_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(OLD)
+    opened: list[Path] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
+    sync(tmp_path), sync(tmp_path / "file")
+    windows(monkeypatch)
+    sync(tmp_path), sync(tmp_path / "file")
+    assert opened == [tmp_path, *[tmp_path / "file"] * 2]
+
+
+@pytest.mark.parametrize("with_pread", [True, False])
+def test_a_reader_reads_by_place_from_many_threads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_pread: bool
+) -> None:
+    if not with_pread:
+        monkeypatch.delattr(os, "pread", raising=False)
+    content = bytes(range(256)) * 40
+    (tmp_path / "set").write_bytes(content)
+    reader = storage.Reader(tmp_path / "set")
+    places = [(start, 16) for start in range(0, len(content), 16)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda place: reader.read(*place), places))
+    assert found == [content[start : start + count] for start, count in places]
+    assert reader.read(len(content) - 2, 9) == content[-2:] and reader.read(len(content), 1) == b""
+
+
+@pytest.mark.parametrize("doing", ["lock", "index"])
+def test_a_cache_that_cannot_be_written_says_how_to_have_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, doing: str
+) -> None:
+    (tmp_path / "file").write_bytes(OLD)
+    monkeypatch.setattr(storage, "LOCAL", tmp_path / "file" / "below")
+    if doing == "index":
+        monkeypatch.setattr(storage, "alone", lambda path: contextlib.nullcontext())
+        use = lambda: storage.kept_array("index", [tmp_path / "file"], lambda: np.zeros(1))
+    else:
+        use = storage.alone(tmp_path / "set").__enter__
+    with pytest.raises(UserError, match=r"; MVREPRO_CACHE can name another folder for what is kept between calls$"):
+        use()

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvrepro import images
+from mvrepro.__main__ import main
 from mvrepro.errors import UserError
 from mvrepro.images import recordio, storage
 
@@ -847,6 +848,22 @@ def test_decoding_gives_pixels() -> None:
     grey = io.BytesIO()
     Image.new("L", (SIZE, SIZE), 7).save(grey, "PNG")
     assert (images.decode(grey.getvalue()) == 7).all()
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_one_that_does_not_decode(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    (tmp_path / "set" / "a" / "1.png").write_bytes(image(1))
+    (tmp_path / "set" / "a" / "2.png").symlink_to("nowhere.png")
+    (tmp_path / "set" / "a" / "3.png").mkdir()
+    source = images.open_images(tmp_path / "set")
+    assert len(source.read(np.arange(3))) == 3 and source.bad == {1, 2}
+    assert main(["data", "inspect", str(tmp_path / "set"), "--decode"]) == 1
+    said = capsys.readouterr().out
+    assert "2 images don't decode" in said and "2.png can't be read as an image: No such file or directory" in said
+    assert main(["data", "convert", str(tmp_path / "set"), str(tmp_path / "rec"), "--to", "rec"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "rec").exists()
 
 
 def test_an_image_that_does_not_decode_is_skipped_and_counted() -> None:

@@ -229,9 +229,10 @@ def test_embeddings_are_mapped_and_checked(tmp_path: Path) -> None:
     np.savez(tmp_path / "e.npz", a=np.ones((3, 4)))
     with pytest.raises(UserError, match="several arrays"):
         interchange.load_embeddings(tmp_path / "e.npz")
-    path.write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"not a readable \.npy"):
-        interchange.load_embeddings(path)
+    for content in (b"junk", b"PK\x03\x04 no whole archive", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff{"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"not a readable \.npy"):
+            interchange.load_embeddings(path)
 
 
 # judge
@@ -273,6 +274,7 @@ def test_pairs_are_judged_as_the_protocol_does(lfw: Path, capsys: pytest.Capture
     same = np.tile([True] * 3 + [False] * 3, 2)
     expected = protocols.kfold_accuracy(protocols.pair_cosines(x, left, right), same, np.repeat([0, 1], 6))
     given = ("--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", "--pairs", lfw / "pairs.txt")
+    assert "is read, and would be written over" in fails(capsys, "lfw", *given, "--out", given[1])
     printed = judged(capsys, "lfw", *given, "--out", lfw / "out.json")
     assert printed[0] == f"accuracy: {100 * expected.mean:.2f} %"
     assert json.loads((lfw / "out.json").read_text()) == {

@@ -788,6 +788,8 @@ NAN, INF = math.nan, math.inf
         ("Arc-Softmax", {"m": INF}, ["m of Arc-Softmax", "inf"]),
         ("AM-Softmax", {"m": -0.1}, ["m of AM-Softmax", ">= 0", "-0.1"]),
         ("A-Softmax", {"m": 0.9}, ["m of A-Softmax", ">= 1", "0.9"]),
+        ("MV-Arc-Softmax-a", {"m": 28.6}, ["m of MV-Arc", "<= 3.14", "28.6 radians (28.6 degrees are 0.499)"]),
+        ("F-AM-Softmax", {"m": 35.0}, ["m of F-AM-Softmax must be a number <= 2, got 35"]),
         ("Softmax", {"s": 0.0}, ["s must be", "> 0", "0.0"]),
         ("Softmax", {"s": -1.0}, ["s must be", "-1.0"]),
         ("Softmax", {"s": NAN}, ["s must be", "nan"]),

@@ -414,15 +414,28 @@ def test_the_record_is_written_last(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_what_is_there_and_no_checkpoint_is_not_saved_over(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for place in ("mine", "mine/thesis.txt"):
+    (tmp_path / "site").mkdir()
+    for name in ("manifest.json", "index.html"):  # others call a file so, too
+        (tmp_path / "site" / name).write_text("{}")
+    for place in ("mine", "mine/thesis.txt", "site"):
         with pytest.raises(UserError, match="is there already and no checkpoint: choose another place for --save"):
             train(toy(epochs=0), save=tmp_path / place)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "site" / "index.html").read_text() == "{}"
     train(toy(epochs=0), save=tmp_path / "model")
     first = (tmp_path / "model" / "rank-0.safetensors").read_bytes()
     train(toy(epochs=0, seed=1), save=tmp_path / "model")  # one's own is replaced
     assert (tmp_path / "model" / "rank-0.safetensors").read_bytes() != first
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_record_does_not_lie_where_the_network_is_saved(tmp_path: Path) -> None:
+    """The network would take the place of the log and the snapshots that were written there."""
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for save in ("run", "link"):
+        with pytest.raises(UserError, match=r"^--out .* lies in --save .*: choose another place for one$"):
+            train(toy(epochs=0), out=tmp_path / "run" / "record.json", work=tmp_path / "run", save=tmp_path / save)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -682,6 +695,11 @@ def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, m
         (toy(device="cuda:99"), "device 'cuda:99' can't be used: "),
         (toy(loss="MV-AM-Softmax-f", t=-0.1), "t of MV-AM-Softmax-f must be a number >= 0, got -0.1"),
         (toy(m=-1.0), "m of AM-Softmax must be a number >= 0, got -1.0"),
+        (
+            toy(variant="../../x"),
+            "variant must be words, without / and the like: it is a part of files' names, got '..",
+        ),
+        (toy(variant="a\tb"), "variant must be words, without / and the like: it is a part of files' names, got 'a"),
         (toy(loss="A-Softmax", m=0.5), "m of A-Softmax must be a number >= 1, got 0.5"),
         (toy(s=0.0), "s must be a number > 0, got 0.0"),
         (toy(loss="HM-Softmax", hard_ratio=0.0), "hard_ratio must be in (0, 1], got 0.0"),

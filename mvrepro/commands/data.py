@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mvrepro import images, protocols
 from mvrepro.errors import UserError
-from mvrepro.files import read_column, write_atomic
+from mvrepro.files import check_output, read_column, write_atomic
 from mvrepro.images import align, fetch, photographs
 from mvrepro.images.storage import check_apart
 
@@ -165,6 +165,9 @@ def _overlap(arguments: argparse.Namespace) -> int:
         raise UserError("--by and --threshold go with --embeddings: names alone know no network")
     if not -1 <= threshold <= 1:
         raise UserError(f"--threshold must be a cosine, in -1 … 1, got {threshold:g}")
+    if arguments.out:
+        for out in (arguments.out, _cosines(arguments.out)):
+            check_output(out, (arguments.names, arguments.others))
     names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
     alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)
@@ -178,7 +181,7 @@ def _overlap(arguments: argparse.Namespace) -> int:
         if arguments.out:
             lines = [f"{name}\t{cosine:.4f}\t{whom}\t{name in shared}" for name, (cosine, _, whom) in alike.items()]
             text = "\n".join(["person\tcosine\twith\tby_name", *lines])
-            write_atomic(arguments.out.with_name(f"{arguments.out.name}.tsv"), f"{text}\n")
+            write_atomic(_cosines(arguments.out), f"{text}\n")
         shared = {"name": shared, "network": seen, "both": shared | seen}[by]
     listed = [name for name in names if name in shared]
     if arguments.out:
@@ -187,6 +190,10 @@ def _overlap(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(listed))
     return 0
+
+
+def _cosines(out: Path) -> Path:
+    return out.with_name(f"{out.name}.tsv")
 
 
 def _alike(

@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
-from mvrepro.determinism import CAPS, ENVIRONMENT, environment
+from mvrepro import determinism
 from mvrepro.errors import UserError
 from mvrepro.files import PARAMS, ROOT, display, read_yaml
 from mvrepro.training.config import TrainConfig, check, from_settings, kind
@@ -96,8 +96,9 @@ def _run(arguments: argparse.Namespace) -> int:
     out = (arguments.out or ROOT / "scratch" / config.profile / f"{config.run_name()}.json").absolute()
     work = out.with_suffix("") if out.suffix == ".json" else out
     out = out if out.suffix == ".json" else out / "record.json"
-    from mvrepro.training.loop import train
+    from mvrepro.training.loop import check_used, train
 
+    check_used(config, given(arguments))
     record = train(config, out=out, work=work, save=arguments.save, begin=arguments.start_from, resume=resume)
     if os.environ.get("RANK", "0") == "0":
         metrics = ", ".join(f"{name} {100 * value:.1f} %" for name, value in record["metrics"].items())
@@ -109,18 +110,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def set_environment(config: TrainConfig) -> None:
     """What must be so before torch starts."""
-    # what makes bits repeatable makes products slow; make sets all of it
-    for name in ENVIRONMENT if not config.deterministic else () if config.portable else CAPS:
-        os.environ.pop(name, None)
     if config.deterministic:
-        os.environ.update(environment(config.threads, portable=config.portable))
+        determinism.set_environment(config.threads, portable=config.portable)
+        return
+    for name in determinism.ENVIRONMENT:  # what makes bits repeatable makes products slow; make sets all of it
+        os.environ.pop(name, None)
 
 
 def options(arguments: argparse.Namespace) -> TrainConfig:
     """The settings of the profile, and over them those that were given."""
+    where = f"params.yaml, {arguments.profile}.train"
+    return from_settings(profile_settings(arguments.profile) | given(arguments), where)
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as options."""
     names = [item.name for item in fields(TrainConfig)]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return from_settings(profile_settings(arguments.profile) | given, f"params.yaml, {arguments.profile}.train")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
 def profile_settings(profile: str) -> dict[str, Any]:

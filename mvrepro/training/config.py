@@ -2,6 +2,8 @@
 command sets first; the options of `python -m mvrepro train` are made from the fields."""
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -125,6 +127,21 @@ class TrainConfig:
         return f"{self.loss}{t}{dim}{variant}_seed{self.seed}"
 
 
+# What a setting counts with: rows of mvrepro.LOSSES, or values of another setting. loop.check_used holds to it.
+OF_LOSSES: dict[str, Callable[[Any], bool]] = {
+    "m": lambda loss: loss.f != "cos",
+    "easy_margin": lambda loss: loss.f != "cos",
+    "annealing": lambda loss: loss.f == "A",
+    "t": lambda loss: loss.h is not None,
+    "t_warmup": lambda loss: loss.h is not None,
+    "margin_epochs": lambda loss: loss.h is not None,
+    "stop_gradient": lambda loss: loss.h == "adaptive",
+    "gamma": lambda loss: loss.g == "F",
+    "hard_ratio": lambda loss: loss.g == "HM",
+}
+OF_OTHERS = {"milestones": ("schedule", "step"), "portable": ("deterministic", True)}
+
+
 def kind(name: str) -> type:
     """The type of a setting's value, or of one of its values."""
     hint: Any = next(f.type for f in fields(TrainConfig) if f.name == name)
@@ -144,6 +161,10 @@ def check(config: TrainConfig) -> None:
             if item.metadata["one_of"] and one not in item.metadata["one_of"]:
                 known = ", ".join(item.metadata["one_of"])
                 raise UserError(f"unknown {item.name} {one!r}; known are: {known}")
+    if re.search(r"[/\\]", config.variant) or not config.variant.isprintable():
+        raise UserError(
+            f"variant must be words, without / and the like: it is a part of files' names, got {config.variant!r}"
+        )
     if (config.data == "synthetic") != bool(config.synthetic_classes):
         raise UserError("--data synthetic and --synthetic-classes K belong together")
     if config.update_in_backward and (config.accumulate > 1 or config.clip):

@@ -1,8 +1,10 @@
 """A run from its settings to its record: train, log, test, keep snapshots, go on from one."""
 
 import hashlib
+import inspect
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,12 @@ from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError
 from mvrepro.files import LOCAL, check_writable, display, read_json, write_atomic, write_json
+from mvrepro.losses import LOSSES
 from mvrepro.provenance import code_hash, config_hash, provenance
 from mvrepro.training import tasks
 from mvrepro.training.batches import Feed, Order
-from mvrepro.training.checkpoint import Snapshots, start_from, write_checkpoint
-from mvrepro.training.config import TrainConfig, check, emphasis, rate
+from mvrepro.training.checkpoint import Snapshots, is_checkpoint, start_from, write_checkpoint
+from mvrepro.training.config import OF_LOSSES, OF_OTHERS, TrainConfig, check, emphasis, rate
 from mvrepro.training.logs import Course, Logs, Pace
 from mvrepro.training.network import Network
 from mvrepro.training.ranks import Ranks, joined
@@ -64,8 +67,11 @@ def train(
     check(config)
     if config.after and not begin:
         raise UserError("--after is for the runs of params.yaml: here --start-from names the checkpoint to begin with")
-    if save and save.exists() and not (save / "manifest.json").is_file():
+    if save and save.exists() and not is_checkpoint(save):
         raise UserError(f"{display(save)} is there already and no checkpoint: choose another place for --save")
+    for place in filter(None, (out, work)):
+        if save and place.resolve().is_relative_to(save.resolve()):  # what lies there makes room for a checkpoint
+            raise UserError(f"--out {display(place)} lies in --save {display(save)}: choose another place for one")
     for place in filter(None, (out, work, save)):
         check_writable(place)
     with joined(config) as ranks, closing(prepare(config, ranks)) as session:
@@ -104,6 +110,32 @@ def train(
         if logs:
             logs.close()
     return record
+
+
+def check_used(config: TrainConfig, given: Iterable[str]) -> None:
+    """Refuse what was asked for by name and decides nothing here: a setting of other losses, of another schedule or of
+    other data. A profile may have it, for the rest of its runs. Raises UserError that says what it counts with."""
+    for name in given:
+        if not getattr(config, name):  # 0, none and no-… ask for what is so anyway
+            continue
+        here, others = f"--loss {config.loss}", ""
+        if name in OF_LOSSES and config.loss in LOSSES and not OF_LOSSES[name](LOSSES[config.loss]):
+            others = ", ".join(loss for loss, row in LOSSES.items() if OF_LOSSES[name](row))
+        elif name in OF_OTHERS and getattr(config, OF_OTHERS[name][0]) != OF_OTHERS[name][1]:
+            other, value = OF_OTHERS[name]
+            here = f"--{other} {getattr(config, other)}" if isinstance(value, str) else f"--no-{other}"
+            others = f"--{other} {value}" if isinstance(value, str) else f"--{other}"
+        elif name not in ("data", "seed") and name not in _settings_of(tasks.builder(config.data)):
+            here = f"--data {config.data}"
+            others = ", ".join(
+                data for data, build in {**tasks.TASKS, "PATH": tasks.at_path}.items() if name in _settings_of(build)
+            )
+        if others:
+            raise UserError(f"--{name.replace('_', '-')} decides nothing with {here}; it does with {others}")
+
+
+def _settings_of(build: Callable[..., Any]) -> Iterable[str]:
+    return inspect.signature(build).parameters
 
 
 def made_by(config: TrainConfig) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mvrepro.errors import UserError
+from mvrepro.errors import UserError, first_words
 from mvrepro.heads.sharded import is_lost_contact, lost_contact
 from mvrepro.training.config import TrainConfig
 
@@ -90,6 +90,9 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError:  # which lists twenty others
+        raise UserError(f"device {name!r} can't be used: known are auto, cpu, cuda, cuda:1, …") from None
+    try:
         if device.type == "cuda" and local is not None:
             if ":" in name:
                 raise RuntimeError("each rank finds its own GPU: say cuda")
@@ -100,7 +103,7 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
             device = torch.device("cuda", local)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} can't be used: {first_words(error)}") from None
     return device
 
 
@@ -122,7 +125,7 @@ def _start(config: TrainConfig) -> Ranks:
             alone = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        raise OwnFault(f"rank {rank} of {count} could not join the others: {str(error).splitlines()[0]}") from None
+        raise OwnFault(f"rank {rank} of {count} could not join the others: {first_words(error)}") from None
     return Ranks(rank, count, device, True)
 
 
@@ -147,10 +150,9 @@ def _explained(ranks: Ranks) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
             raise ranks.fault(FULL) from None
         if is_lost_contact(error):
-            reason = text.splitlines()[0].split(". ")[0]
-            raise UserError(lost_contact(ranks.rank, ranks.count, reason)) from None
+            raise UserError(lost_contact(ranks.rank, ranks.count, first_words(error))) from None
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise UserError(f"--compile can't be had here: {text.splitlines()[0]}") from None
+            raise UserError(f"--compile can't be had here: {first_words(error)}") from None
         if "deterministic" in text:
-            raise UserError(f"--deterministic can't be had here: {text.splitlines()[0]}") from None
+            raise UserError(f"--deterministic can't be had here: {first_words(error)}") from None
         raise

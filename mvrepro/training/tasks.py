@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mvrepro import protocols
 from mvrepro.errors import UserError
 from mvrepro.images import Images, Pairs, Pixels, open_images, photographs, read_bin, small
+from mvrepro.protocols.scores import unit
 from mvrepro.protocols.verification import BINS
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.people import select
@@ -65,7 +66,7 @@ def digits(seed: int) -> Task:
     train, test = small.split_images(small.digits(), 0.25, seed)
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
-        nearest = (_unit(embeddings) @ _unit(weights).T).argmax(1)
+        nearest = (unit(embeddings) @ unit(weights).T).argmax(1)
         return {"accuracy": float(np.mean(nearest == test.labels))}, {}
 
     return Task(train, test, judge, features=True)
@@ -237,13 +238,18 @@ TASKS: dict[str, Callable[..., Task]] = {
 }  # fmt: skip
 
 
+def builder(data: str) -> Callable[..., Task]:
+    """What makes the task of a value of TrainConfig.data; its arguments are the settings that it depends on."""
+    return TASKS.get(data, at_path)
+
+
 def load(config: TrainConfig) -> Task:
     """The task of a config, from those of its settings that it depends on. Raises UserError with the known names, and
     where a test has too few impostor pairs for an FPR."""
     if config.data not in TASKS and not Path(config.data).exists():
         known = ", ".join(TASKS)
         raise UserError(f"unknown data {config.data!r}; known are: {known}; and there is no such file or folder")
-    build = TASKS.get(config.data, at_path)
+    build = builder(config.data)
     task = build(**{setting: getattr(config, setting) for setting in inspect.signature(build).parameters})
     if task.impostor_pairs is not None:
         try:
@@ -359,10 +365,6 @@ def _dev(embeddings: NDArray[np.float32], dev: Pixels) -> dict[str, float]:
 
 def _tprs(points: list[protocols.Operating]) -> dict[str, float]:
     return {f"tpr@fpr={p.fpr:g}": p.tpr for p in points}
-
-
-def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
 
 
 def _words(counts: Any) -> str:

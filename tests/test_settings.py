@@ -1,0 +1,120 @@
+"""What was asked for by name counts, or is refused: no setting is ignored in silence."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mvrepro import LOSSES, MarginHead, pipeline
+from mvrepro.__main__ import main
+from mvrepro.errors import UserError
+from mvrepro.files import read_yaml
+from mvrepro.training.config import OF_LOSSES, TrainConfig, from_settings
+from mvrepro.training.loop import check_used
+
+# Of each setting two values that give two losses where it counts. margin_epochs are epochs with t = 0.
+TWO: dict[str, tuple[Any, Any]] = {
+    "m": (1.0, 1.3), "easy_margin": (False, True), "annealing": (False, True), "t": (0.1, 0.4), "t_warmup": (0, 50),
+    "margin_epochs": (0.0, 0.3), "stop_gradient": (False, True), "gamma": (0.5, 2.0), "hard_ratio": (0.3, 1.0),
+}  # fmt: skip
+
+
+def outcome(loss: str, name: str, value: Any) -> tuple[float, ...]:
+    """A loss and the sum of its gradient's squares, on cosines of both signs."""
+    torch.manual_seed(0)
+    head = MarginHead(loss, 4, 9, backend="dense", s=4.0, **{"t" if name == "margin_epochs" else name: value}).double()
+    x = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    found = head(x, torch.arange(12) % 9)
+    found.backward()
+    assert x.grad is not None
+    return found.item(), x.grad.square().sum().item()
+
+
+def test_the_table_has_a_try_for_each_setting() -> None:
+    assert TWO.keys() == OF_LOSSES.keys()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", OF_LOSSES)
+def test_a_setting_counts_with_the_losses_of_its_row_and_with_no_other(name: str, loss: str) -> None:
+    differs = len({outcome(loss, name, value) for value in TWO[name]}) > 1
+    assert differs == OF_LOSSES[name](LOSSES[loss])
+
+
+def config(profile: str = "quick", **changes: Any) -> TrainConfig:
+    settings = read_yaml(pipeline.ROOT / "params.yaml")[profile]["train"]
+    return from_settings(settings | {"loss": "Softmax"} | changes, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss": "AM-Softmax", "t": 0.3}, "--t decides nothing with --loss AM-Softmax; it does with SV-Softmax, SV-"),
+        ({"gamma": 3.0}, "--gamma decides nothing with --loss Softmax; it does with F-Softmax, F-AM-Softmax, F-Arc"),
+        ({"loss": "F-Softmax", "hard_ratio": 0.5}, "--hard-ratio decides nothing with --loss F-Softmax; it does with "),
+        ({"loss": "SV-Softmax", "easy_margin": True}, "--easy-margin decides nothing with --loss SV-Softmax; it does "),
+        ({"m": 0.3}, "--m decides nothing with --loss Softmax; it does with A-Softmax, AM-Softmax, Arc-Softmax, HM-"),
+        ({"loss": "MV-Arc-Softmax-f", "stop_gradient": True}, "--stop-gradient decides nothing with --loss MV-Arc-S"),
+        ({"loss": "Arc-Softmax", "t_warmup": 10}, "--t-warmup decides nothing with --loss Arc-Softmax; it does with "),
+        ({"margin_epochs": 2}, "--margin-epochs decides nothing with --loss Softmax; it does with SV-Softmax, SV-AM-"),
+        ({"loss": "AM-Softmax", "annealing": True}, "--annealing decides nothing with --loss AM-Softmax; it does with"),
+        ({"schedule": "cosine", "milestones": (3,)}, "--milestones decides nothing with --schedule cosine; it does wi"),
+        ({"deterministic": False, "portable": True}, "--portable decides nothing with --no-deterministic; it does wit"),
+        ({"people": "all"}, "--people decides nothing with --data orl; it does with lfw, cfp"),
+        ({"data": "lfw", "train_people": 9}, "--train-people decides nothing with --data lfw; it does with orl"),
+        ({"data": "digits", "image_size": 64}, "--image-size decides nothing with --data digits; it does with orl"),
+        ({"renumber": True}, "--renumber decides nothing with --data orl; it does with PATH"),
+        ({"verify": ("lfw.bin",)}, "--verify decides nothing with --data orl; it does with synthetic, PATH"),
+        ({"data": "set.rec", "fprs": (0.1,)}, "--fprs decides nothing with --data set.rec; it does with orl, lfw, cfp"),
+    ],
+)  # fmt: skip
+def test_what_decides_nothing_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_used(config(**changes), changes)
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "MV-AM-Softmax-a", "t": 0.3, "t_warmup": 5, "margin_epochs": 1, "stop_gradient": True, "m": 0.2},
+        {"loss": "HM-Arc-Softmax", "hard_ratio": 0.5, "easy_margin": True, "milestones": (3,), "train_people": 9},
+        {"t": 0.0, "m": 0.0, "easy_margin": False, "t_warmup": 0, "schedule": "cosine", "milestones": ()},
+        {"seed": 4, "data": "digits", "lr": 0.1, "loss": "no such loss", "portable": False},
+        {"data": "set.rec", "renumber": True, "verify": ("lfw.bin",), "bad_limit": 3, "image_size": 16},
+    ],
+)
+def test_what_counts_or_asks_for_nothing_is_taken(changes: dict[str, Any]) -> None:
+    check_used(config(**changes), changes)
+
+
+def test_a_profile_has_settings_for_all_its_losses() -> None:
+    """`faces` says t, easy_margin and schedule for every loss; what is said at the command is for one."""
+    assert config("faces").t and config("faces").easy_margin
+    check_used(config("faces"), ["loss", "seed"])
+
+
+def test_the_command_says_it_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    assert main(["train", "--loss", "AM-Softmax", "--gamma", "1", "--out", str(tmp_path / "x.json")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("mvrepro train: --gamma decides nothing with --loss AM-Softmax") and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_of_params_is_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = read_yaml(pipeline.ROOT / "params.yaml")["quick"] | {"runs": [{"loss": "AM-Softmax", "gamma": 3}]}
+    monkeypatch.setattr(pipeline, "read_yaml", lambda path: {"mine": profile})
+    with pytest.raises(UserError, match=r"^--gamma decides nothing with --loss AM-Softmax"):
+        pipeline.runs("mine")[0].compute()
+
+
+@pytest.mark.parametrize("row", [{"loss": "Softmax", "lr": [0.1, 0.2]}, {"loss": ["Softmax", "Softmax"]}])
+def test_two_runs_that_would_write_one_record_are_refused(monkeypatch: pytest.MonkeyPatch, row: Any) -> None:
+    profile = read_yaml(pipeline.ROOT / "params.yaml")["quick"] | {"runs": [row | {"seed": 0}]}
+    monkeypatch.setattr(pipeline, "read_yaml", lambda path: {"mine": profile})
+    said = "params.yaml, mine: two runs are called mine/Softmax_seed0: give one of their rows a variant"
+    with pytest.raises(UserError, match=f"^{said}"):
+        pipeline.runs("mine")
+    profile["runs"].append({"loss": "Softmax", "lr": 0.3, "variant": "fast", "seed": 0})
+    profile["runs"][0] = {"loss": "Softmax", "seed": 0}
+    assert [step.name for step in pipeline.runs("mine")] == ["mine/Softmax_seed0", "mine/Softmax_fast_seed0"]

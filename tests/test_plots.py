@@ -2,6 +2,7 @@
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 
 from mvrepro.losses import Loss
@@ -53,6 +54,30 @@ def test_a_loss_that_somebody_added_can_be_drawn(monkeypatch):
     monkeypatch.setitem(plots.LOSSES, "New-Softmax", Loss("new"))
     assert plots.look("MV-AM-Softmax-x") == {"color": plots.COLOURS["AM"], "marker": "P", "linestyle": "-."}
     assert plots.look("New-Softmax") == {"color": "#666666", "marker": "o", "linestyle": "-"}
+
+
+def test_every_loss_is_told_apart_from_its_margin_loss():
+    for names in (
+        ["Softmax", "HM-Softmax", "F-Softmax", "SV-Softmax"],
+        [n for n in plots.LOSSES if plots.LOSSES[n].f == "AM"],
+    ):
+        looks = [
+            tuple(plots.look(name).values()) for name in names if name != "SV-AM-Softmax"
+        ]  # MV-AM-Softmax-a itself
+        assert len(set(looks)) == len(looks)
+        assert len({(look[0], look[2]) for look in looks}) == len(looks)  # also as lines without markers
+
+
+def test_scores_are_drawn_a_line_a_side():
+    rows = [
+        {"loss": "F-Softmax", "variant": v, "default": d, "seed": s, "x": x}
+        for v, d, s, x in (("", True, 0, 0.2), ("", True, 1, 0.4), ("", False, 2, 0.9), ("late", True, 0, 0.5))
+    ]
+    ax = plots.plt.figure().subplots()
+    drawn = plots.metric_by_loss(ax, pd.DataFrame(rows), [("F-Softmax", ""), ("F-Softmax", "late")], "x", "score (%)")
+    assert list(drawn["mean"]) == pytest.approx([30, 50]) and np.isnan(drawn["low"][1])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["F-Softmax", "F-Softmax (late)"]
+    plots.plt.close("all")
 
 
 def test_equal_figures_are_equal_bytes_in_both_formats():

@@ -699,18 +699,6 @@ def test_the_project_s_claims_are_well_formed():
 # --- what readers see of it -------------------------------------------------------------------------------
 
 
-def test_paired_differences_are_drawn_in_points(add, tmp_path):
-    add("Softmax", [0.5, 0.6, 0.7])
-    add("AM-Softmax", [0.60, 0.72, 0.77, 0.9])
-    frame = runs.table("made-up", tmp_path)
-    ax = Figure().subplots()
-    drawn = plots.paired_differences(ax, frame, [("AM-Softmax", "Softmax")], METRIC, "points")
-    expected = paired_difference([60, 72, 77], [50, 60, 70])
-    assert drawn.loc[0, "seeds"] == pytest.approx([10, 12, 7])
-    assert list(drawn.loc[0, ["mean", "low", "high"]]) == pytest.approx([expected.mean, expected.low, expected.high])
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["AM-Softmax − Softmax"]
-
-
 def test_a_curve_is_the_mean_over_seeds():
     ax = Figure().subplots()
     frame = pd.DataFrame({"epoch": [1, 2, 1, 2], "training_loss": [4.0, 2.0, 2.0, 1.0]})

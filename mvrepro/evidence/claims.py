@@ -116,7 +116,7 @@ def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) 
     return [_verdict(claim, found) for claim in claims if notebook in (None, claim["notebook"])]
 
 
-def _unlearned(claim: dict[str, Any], frame: pd.DataFrame) -> str:
+def unlearned(claim: dict[str, Any], frame: pd.DataFrame) -> str:
     """Why the networks that a claim compares have not learned, "" where they have: see [gate] in claims.toml."""
     gate = read_toml(CLAIMS)["gate"]
     sides = [(claim[side], claim.get(f"{side}_variant", "")) for side in ("better", "worse") if side in claim]
@@ -148,12 +148,19 @@ def difference(frame: pd.DataFrame, column: str, better: str, worse: str, **clai
     seeds = first.index.intersection(second.index)
     if len(seeds) < claim.get("min_seeds", 3):
         return None
-    one, other = (f"{loss}|{variant}" for loss, variant in sides)
-    after = {variant.startswith(AFTER) for _, variant in sides}
-    pool = pooled(frame, column, after=after.pop()) if len(after) == 1 else None
-    if pool and pool.freedom and pool.place.keys() >= {one, other}:
+    if pool := common_pool(frame, column, *sides):
+        one, other = (f"{loss}|{variant}" for loss, variant in sides)
         return pool.difference(one, other)
     return paired_difference(first[seeds], second[seeds])
+
+
+def common_pool(frame: pd.DataFrame, column: str, *sides: tuple[str, str]) -> TwoWay | None:
+    """`pooled` of the runs from scratch or of those after another run, whichever all of the sides (loss, variant) are;
+    None where they are not of one kind, or not all in it, or it has no noise left to tell."""
+    after = {variant.startswith(AFTER) for _, variant in sides}
+    pool = pooled(frame, column, after=after.pop()) if len(after) == 1 else None
+    names = {f"{loss}|{variant}" for loss, variant in sides}
+    return pool if pool and pool.freedom and pool.place.keys() >= names else None
 
 
 def pooled(frame: pd.DataFrame, column: str, *, after: bool = False) -> TwoWay | None:
@@ -192,7 +199,7 @@ def _verdict(claim: dict[str, Any], found: _Found) -> Verdict:
         artifact = f"results/runs/{found.profile}"
     verdict, words, numbers = (_judge(claim, found, artifact) if here else None) or (NOT_TESTED, "", {})
     why = "not computed yet" if rule == "bound" else "the profile has no such runs"
-    if verdict != NOT_TESTED and rule != "bound" and (reason := _unlearned(claim, found.frame)):
+    if verdict != NOT_TESTED and rule != "bound" and (reason := unlearned(claim, found.frame)):
         verdict, words = NOT_TESTABLE, f"{reason}; {words}"
     about = {name: claim[name] for name in ("id", "notebook", "claim", "source", "mark")}
     return Verdict(

@@ -1,27 +1,44 @@
-"""What several pages say of pairs of losses: which have runs, how far they lie apart, what that says, in words and as
-tables. A side of a pair is a loss, or (loss, variant) where its runs are not the plain ones; each at its default t.
+"""Pairs of losses, for all pages that compare them: which have runs, how far they lie apart, and what that says, as
+tables, sentences and figures.
 
-frame is runs.table(profile, kind=None) throughout: the noise of a difference is pooled over all runs, as in verdicts.
+A side of a pair is (loss, variant), "" where its runs are the plain ones; they are those at the default t. frame is
+runs.table(profile, kind=None) throughout: the noise of a difference is pooled over all runs, as in verdicts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike, NDArray
 
 from mvrepro.evidence import claims, runs
-from mvrepro.evidence.stats import bootstrap_people, detectable_difference, mean_interval
+from mvrepro.evidence.stats import Estimate, bootstrap_people, detectable_difference, mean_interval
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots
+from mvrepro.pages.plots import Side, short
 from mvrepro.pages.report import Report
 
-Side = str | Sequence[str]
+AFTER = "after AM-Softmax"  # the variant that goes on from a converged AM network
 AHEAD, BEHIND, NO_GAIN = "ahead", "behind", "no gain that matters"
-UNDECIDED, NOT_TESTABLE = "undecided", "not testable here"
-MINED = {  # plots.look tells margins and emphases apart; what is mined looks otherwise
-    "HM": {"color": "#D55E00", "linestyle": "--", "marker": "^"},
-    "F": {"color": "#56B4E9", "linestyle": "-.", "marker": "v"},
+UNDECIDED, NOT_TESTABLE = "cannot be told apart", "not testable here"
+COLUMNS = ["name", "better", "worse", "over", "mean", "low", "high", "p", "n", "seeds", "visible", "matters", "reading"]
+SAYS = {
+    AHEAD: "{} is ahead of {}",
+    BEHIND: "{} is behind {}",
+    NO_GAIN: "{} gains nothing that matters over {}",
+    UNDECIDED: "{} and {} cannot be told apart",
+    NOT_TESTABLE: "{} against {} is not testable here",
+}
+OVER = {  # what is drawn anew, and how it is drawn beside the others
+    "seeds": {"color": "#000000", "marker": "o"},
+    "folds": {"color": "#0072B2", "marker": "s"},
+    "people": {"color": "#D55E00", "marker": "D"},
+    "people and seeds": {"color": "#D55E00", "marker": "D"},
 }
 MEASURES = {
     "lfw_accuracy": "View 2 of LFW, accuracy (%)",
@@ -30,28 +47,167 @@ MEASURES = {
 }
 
 
-def side(given: Side) -> tuple[str, str]:
-    """(loss, variant) of a side."""
-    return (given, "") if isinstance(given, str) else (given[0], given[1])
+class Pair(NamedTuple):
+    """Two sides that are compared, as better − worse."""
+
+    better: Side
+    worse: Side
+
+    @property
+    def name(self) -> str:
+        return f"{short(*self.better)} − {short(*self.worse)}"
 
 
-def short(given: Side) -> str:
-    """A side in few letters, for axes: "MV-AM-Softmax-f" -> "MV-AM-f"."""
-    loss, variant = side(given)
-    brief = loss.replace("-Softmax", "")
-    return f"{brief if len(brief) > 1 else loss}{', ' if variant else ''}{variant}"
+def sides(losses: Iterable[str], variant: str = "") -> list[Side]:
+    """Losses in runs of one variant."""
+    return [(loss, variant) for loss in losses]
 
 
-def look(given: Side) -> dict[str, object]:
-    """Colour, marker and line style of a side's loss."""
-    loss = side(given)[0]
-    return plots.look(loss) | MINED.get(LOSSES[loss].g or "", {})
+def pairs(losses: Iterable[tuple[str, str]], variant: str = "") -> list[Pair]:
+    """Pairs (better, worse) of losses in runs of one variant."""
+    return [Pair((better, variant), (worse, variant)) for better, worse in losses]
 
 
-def here(frame: pd.DataFrame, losses: Sequence[str]) -> list[str]:
-    """Those of the losses that have plain runs at their default t, in the same order."""
-    plain = frame[(frame["variant"] == "") & frame["default"].astype(bool)]
-    return [loss for loss in losses if loss in set(plain["loss"])]
+MARGIN = pairs((f"{f}-Softmax", "Softmax") for f in ("AM", "Arc"))
+MV = pairs((f"MV-{f}-Softmax-{form}", f"{f}-Softmax") for f in ("AM", "Arc") for form in "fa")
+MV_AFTER = pairs([(f"MV-AM-Softmax-{form}", "AM-Softmax") for form in "fa"], AFTER)
+
+
+def here(frame: pd.DataFrame, chosen: Sequence[Side] | None = None) -> list[Side]:
+    """Those of the chosen sides that have runs, in the same order; None: all that have, plain ones first."""
+    default = frame[frame["default"].astype(bool)]
+    there = set(zip(default["loss"], default["variant"], strict=True))
+    if chosen is None:
+        chosen = [(loss, variant) for variant in sorted({variant for _, variant in there}) for loss in LOSSES]
+    return [side for side in chosen if side in there]
+
+
+def known(frame: pd.DataFrame, chosen: Sequence[Pair]) -> list[Pair]:
+    """Those of the pairs whose sides share two seeds at least."""
+    seeds = {side: set(_runs(frame, side)["seed"]) for pair in chosen for side in pair}
+    return [pair for pair in chosen if len(seeds[pair.better] & seeds[pair.worse]) >= 2]
+
+
+def waiting(frame: pd.DataFrame, chosen: Sequence[Pair], *, listed: bool = True) -> str:
+    """How many of the pairs are not `known`, which sides lack runs and, listed, which pairs they are, as a sentence;
+    "" where all are known."""
+    there = known(frame, chosen)
+    missing = [pair for pair in chosen if pair not in there]
+    few = dict.fromkeys(short(*side) for pair in missing for side in pair if len(_runs(frame, side)) < 2)
+    names = f": {', '.join(pair.name for pair in missing)}" if listed else ""
+    line = f"{len(missing)} of {len(chosen)} comparisons wait for runs of {', '.join(few) or 'the same seeds'}{names}."
+    return line if missing else ""
+
+
+def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.DataFrame:
+    """A row for each of the `known` pairs: better − worse as verdicts have it (claims.difference).
+
+    name; better, worse: the sides; over: what is drawn anew, "seeds"; mean, low, high: points, with the 95 % interval;
+    p: one-sided, without correction; n; seeds: the single differences; visible: the true difference that a one-sided
+    test at the 5 % level sees four times out of five; matters: the least that anybody would mind;
+    reading: AHEAD (p < 0.05), BEHIND or NO_GAIN (the interval lies below 0, or below what matters), UNDECIDED, or
+    NOT_TESTABLE with the reason, by the gate of claims.toml.
+    """
+    bounds = {each["column"]: each.get("matters", 0.01) for each in claims.metrics().values()}
+    tested = frame[frame[metric].notna()] if metric in frame else frame[:0]
+    matters, rows = 100 * bounds.get(metric, 0.01), []
+    for pair in known(tested, chosen):
+        (a, x), (b, y) = pair
+        claim = {"better": a, "worse": b, "better_variant": x, "worse_variant": y}
+        if (e := claims.difference(tested, metric, **claim, min_seeds=2)) is None:
+            continue
+        one, other = (runs.by_seed(tested[tested["variant"] == variant], metric, loss) for loss, variant in pair)
+        apart, pool = 100 * (one - other).dropna(), claims.common_pool(tested, metric, *pair)
+        visible = 100 * pool.detectable(e.n) if pool else detectable_difference(apart)
+        e = replace(e, mean=100 * e.mean, low=100 * e.low, high=100 * e.high)
+        reason = claims.unlearned(claim, frame)
+        reading = f"{NOT_TESTABLE}: {reason}" if reason else _reading(e, matters)
+        about = {"name": pair.name, "better": pair.better, "worse": pair.worse, "over": "seeds", "seeds": list(apart)}
+        rows.append(about | asdict(e) | {"visible": visible, "matters": matters, "reading": reading})
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def redrawn(found: pd.DataFrame, over: str, estimates: Sequence[Estimate]) -> pd.DataFrame:
+    """The rows of `differences` with estimates, in points, where something else is drawn anew (OVER). visible: by the
+    normal approximation to the interval."""
+    z, rows = NormalDist().inv_cdf, []
+    for row, e in zip(found.to_dict("records"), estimates, strict=True):
+        visible = (z(0.95) + z(0.8)) / (2 * z(0.975)) * (e.high - e.low)
+        reading = row["reading"] if row["reading"].startswith(NOT_TESTABLE) else _reading(e, row["matters"])
+        about = {"n": row["n"], "over": over, "seeds": [], "visible": visible, "reading": reading}
+        rows.append(row | asdict(e) | about)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def within(found: pd.DataFrame, chosen: Sequence[Pair]) -> pd.DataFrame:
+    """The rows of `differences` that are about these pairs."""
+    return found[found["name"].isin([pair.name for pair in chosen])]
+
+
+def kept(profile: str, part: str) -> dict[Side, dict[int, dict[str, Any]]]:
+    """side -> seed -> what the default runs keep of one part of their test (runs.evidence)."""
+    usual, there = runs.default_t(profile), here(runs.table(profile, kind=None))
+    found: dict[Side, dict[int, dict[str, Any]]] = {side: {} for side in there}
+    for variant in dict.fromkeys(variant for _, variant in there):
+        for (loss, t, seed), evidence in sorted(runs.evidence(profile, part, kind=variant).items()):
+            if t in (0.0, usual):
+                found[loss, variant][seed] = evidence
+    return {side: seeds for side, seeds in found.items() if seeds}
+
+
+def gaps(evidence: Mapping[Side, Mapping[int, Mapping[str, Any]]], pair: Pair, key: str) -> NDArray[np.float64]:
+    """better − worse of what `kept` has under a key, an array or bits: a row a seed of which both have it."""
+    sides = (evidence.get(side, {}).items() for side in pair)
+    a, b = ({seed: e[key][: e.get("probes")] for seed, e in kept if key in e} for kept in sides)  # bits fill bytes
+    return np.array([np.subtract(a[seed], b[seed], dtype=float) for seed in sorted(a.keys() & b.keys())])
+
+
+def people(profile: str, found: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
+    """The rows of `differences` of rank1 where people and seeds are drawn anew (stats.bootstrap_people); NaN where the
+    runs don't keep which people were found."""
+    evidence, estimates = kept(profile, "rank1"), []
+    for row in found.itertuples():
+        apart = 100 * gaps(evidence, Pair(row.better, row.worse), "correct")
+        e = Estimate(np.nan, np.nan, np.nan, 0)
+        if len(apart):
+            everyone = np.arange(apart.shape[1])
+            e = bootstrap_people(apart, everyone, everyone, draws=draws)
+        estimates.append(e)
+    return redrawn(found, "people and seeds", estimates)
+
+
+def forest(ax: Axes, found: pd.DataFrame, label: str) -> None:
+    """Rows of `differences` as a figure, in the better loss's colour. Rows of one pair over several ways of drawing
+    anew share a line, in the colours of OVER and without single seeds, with labels for a legend."""
+    ways, names = [over for over in OVER if over in set(found["over"])], list(found["name"].unique())
+    looks: list[Mapping[str, object]] = [plots.look(loss) for loss, _ in found["better"]]
+    if len(ways) > 1:
+        looks, found = [OVER[over] for over in found["over"]], found.assign(seeds=[[]] * len(found))
+        for over in ways:
+            ax.plot([], [], linestyle="", label=f"over {over}", **OVER[over])  # type: ignore[arg-type]
+    middle = (len(ways) - 1) / 2
+    places = [names.index(row.name) + 0.22 * (ways.index(row.over) - middle) for row in found.itertuples()]
+    plots.forest(ax, found, looks, label, places)
+    ax.axvline(0, color="0.5", linewidth=0.8)
+
+
+def figure(report: Report, found: pd.DataFrame, name: str, label: str, groups: Sequence[int] = ()) -> None:
+    """`forest` as a figure of a page, with lines between groups of so many pairs; a line of text where there are no
+    rows."""
+    if not len(found):
+        print("All comparisons of this figure wait for runs.")
+        return
+    names, ways = found["name"].unique(), found["over"].nunique()
+    pitch = 0.28 + 0.1 * (ways > 1 or any("(" in each for each in names))
+    drawn, axes = plots.new_figure(width=4.8, height=1.1 + pitch * len(names))
+    forest(axes[0, 0], found, label)
+    for place in dict.fromkeys(np.cumsum(np.array(groups, dtype=int)).tolist()):
+        if 0 < place < len(names):
+            axes[0, 0].axhline(place - 0.4, color="0.8", linewidth=0.8)
+    if ways > 1:
+        drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    alt = f"Differences in the score with 95 % intervals: {in_words(found[found['over'] == found['over'].iloc[0]])}"
+    report.figure(drawn, name, found, alt=alt, kind="training")
 
 
 def measures(frame: pd.DataFrame, metric: str, label: str) -> dict[str, str]:
@@ -59,207 +215,86 @@ def measures(frame: pd.DataFrame, metric: str, label: str) -> dict[str, str]:
     return {metric: label} | {column: name for column, name in MEASURES.items() if column in frame and column != metric}
 
 
-def differences(frame: pd.DataFrame, metric: str, pairs: Sequence[tuple[Side, Side]]) -> pd.DataFrame:
-    """A row a pair (better, worse) that has two seeds: better − worse as verdicts have it (claims.difference).
-
-    name: short; mean, low, high: points, with the 95 % interval; p: one-sided, without correction; n; seeds: the single
-    differences; visible: the true difference that a one-sided test at the 5 % level sees four times out of five;
-    reading: AHEAD (p < 0.05), BEHIND or NO_GAIN (the interval lies below 0, or below what would matter), UNDECIDED,
-    or NOT_TESTABLE with the reason, by the gate of claims.toml.
-    """
-    rows, pool = [], claims.pooled(frame, metric) if metric in frame else None
-    known = {each["column"]: each.get("matters", 0.01) for each in claims.metrics().values()}
-    matters = known.get(metric, 0.01)
-    for better, worse in pairs:
-        (a, x), (b, y) = side(better), side(worse)
-        pair = {"better": a, "worse": b, "better_variant": x, "worse_variant": y}
-        e = claims.difference(frame, metric, **pair, min_seeds=2)
-        if e is None:
-            continue
-        one, other = (runs.by_seed(frame[frame["variant"] == v], metric, loss) for loss, v in ((a, x), (b, y)))
-        seeds = (100 * (one - other)).dropna()
-        visible = 100 * detectable_difference(seeds / 100)
-        if pool and pool.freedom and pool.place.keys() >= {f"{a}|{x}", f"{b}|{y}"}:
-            visible = 100 * pool.detectable(e.n)
-        reading = AHEAD if e.p < 0.05 else BEHIND if e.high < 0 else NO_GAIN if e.high < matters else UNDECIDED
-        if reason := claims._unlearned(pair, frame):
-            reading = f"{NOT_TESTABLE}: {reason}"
-        found = {"mean": 100 * e.mean, "low": 100 * e.low, "high": 100 * e.high, "p": e.p, "n": e.n}
-        about = {"name": f"{short(better)} − {short(worse)}", **pair, **found}
-        rows.append(about | {"seeds": list(seeds), "visible": visible, "reading": reading})
-    names = ["name", "better", "worse", "better_variant", "worse_variant", "mean", "low", "high", "p", "n", "seeds"]
-    return pd.DataFrame(rows, columns=[*names, "visible", "reading"])
-
-
-def within(found: pd.DataFrame, pairs: Sequence[tuple[Side, Side]]) -> pd.DataFrame:
-    """The rows of `differences` that are about these pairs."""
-    names = [f"{short(better)} − {short(worse)}" for better, worse in pairs]
-    return found[found["name"].isin(names)]
-
-
-def waiting(
-    frame: pd.DataFrame, profile: str, pairs: Sequence[tuple[Side, Side]], found: pd.DataFrame, *, listed: bool = True
-) -> str:
-    """How many of the pairs have no row in found, for runs of which losses they wait and, listed, which they are, as
-    a line; "" where none waits."""
-    known = set(found["name"])
-    missing = [pair for pair in pairs if f"{short(pair[0])} − {short(pair[1])}" not in known]
-    seeds = frame[frame["default"].astype(bool)].groupby(["loss", "variant"])["seed"].nunique()
-    few = dict.fromkeys(short(each) for pair in missing for each in pair if seeds.get(side(each), 0) < 2)
-    names = ", ".join(f"{short(better)} − {short(worse)}" for better, worse in missing)
-    line = f"{len(missing)} of {len(pairs)} comparisons wait for runs on `{profile}` of {', '.join(few)}"
-    return (f"{line}: {names}" if listed else line) if missing else ""
-
-
-def people(profile: str, found: pd.DataFrame) -> list[str]:
-    """Of each row of `differences` of rank1 its 95 % interval where people and seeds are drawn anew, in points
-    (stats.bootstrap_people); "–" where the runs don't keep which people were found."""
-    kept: dict[str, dict[tuple[str, float, int], np.ndarray]] = {}
-    for variant in {*found["better_variant"], *found["worse_variant"]}:
-        records = runs.evidence(profile, "rank1", kind=variant)
-        kept[variant] = {key: each["correct"][: each["probes"]] for key, each in records.items() if "correct" in each}
-    usual, cells = runs.default_t(profile), []
-    for row in found.itertuples():
-        sides = []
-        for loss, variant in ((row.better, row.better_variant), (row.worse, row.worse_variant)):
-            own = {s: bits for (name, t, s), bits in kept[variant].items() if name == loss and t in (0.0, usual)}
-            sides.append(own)
-        seeds = sorted(sides[0].keys() & sides[1].keys())
-        if not seeds:
-            cells.append("–")
-            continue
-        apart = np.array([sides[0][seed].astype(float) - sides[1][seed] for seed in seeds])
-        everyone = np.arange(apart.shape[1])
-        e = bootstrap_people(apart, everyone, everyone)
-        cells.append(f"[{100 * e.low:+.2f}, {100 * e.high:+.2f}]")
-    return cells
-
-
-def draw(ax: Axes, found: pd.DataFrame, label: str) -> None:
-    """Rows of `differences`: the mean with its interval as a large mark, single seeds as small dots below it."""
-    for place, row in enumerate(found.itertuples()):
-        style, ends = look(row.better), [[row.mean - row.low], [row.high - row.mean]]
-        colour, mark = str(style["color"]), str(style["marker"])
-        ax.plot(row.seeds, [place + 0.25] * len(row.seeds), ".", color=colour, alpha=0.6, markersize=4)
-        ax.errorbar(row.mean, place, xerr=ends, fmt=mark, color=colour, capsize=2, markersize=5)
-    ax.axvline(0, color="0.5", linewidth=0.8)
-    ax.set_yticks(range(len(found)), found["name"])
-    ax.set_ylim(max(len(found), 1) - 0.4, -0.5)
-    ax.set_xlabel(label)
-
-
-def figure(report: Report, found: pd.DataFrame, name: str, label: str, groups: Sequence[int] = ()) -> None:
-    """Rows of `differences` as a figure of a page, with lines between groups of so many rows; a line of text where
-    there are no rows."""
-    if not len(found):
-        print(f"no comparison has two seeds on {report.profile} yet")
-        return
-    drawn, axes = plots.new_figure(width=4.8, height=1.1 + 0.28 * len(found))
-    draw(axes[0, 0], found, label)
-    for place in dict.fromkeys(np.cumsum(np.array(groups, dtype=int)).tolist()):
-        if 0 < place < len(found):
-            axes[0, 0].axhline(place - 0.4, color="0.8", linewidth=0.8)
-    alt = f"Differences in the score with 95 % intervals: {in_words(found)}"
-    report.figure(drawn, name, found, alt=alt, kind="training")
-
-
-def course(
-    report: Report, sides: Sequence[Side], name: str, looks: Sequence[Mapping[str, object]] | None = None
-) -> None:
-    """report.course for sides of pairs, mined ones told apart; a line where none has runs. looks: one a side."""
-    curves, kinds = runs.curves(report.profile, kind=None), {}
-    for given, style in zip(sides, looks or [look(each) for each in sides], strict=True):
-        loss, variant = side(given)
-        rows = curves[(curves["loss"] == loss) & (curves["variant"] == variant) & curves["default"]]
-        if len(rows):
-            kinds[short(given)] = rows, style
-    if not kinds:
-        print(f"no runs on {report.profile} yet of {', '.join(map(short, sides))}")
-        return
-    figure, data = plots.course(kinds)
-    alt = f"Training loss, training top-1, share of marked classes and median p_y by epoch, of {', '.join(kinds)}"
-    report.figure(figure, name, data, alt=alt, kind="training")
-
-
-def as_table(found: pd.DataFrame, points: str, over_people: Sequence[str] | None = None) -> pd.DataFrame:
-    """Rows of `differences` for readers. over_people: what `people` gave."""
-    cells = {
-        "Difference": list(found["name"]),
-        "Seeds": list(found["n"]),
-        points: [measured(row) for row in found.itertuples()],
-        "p (one-sided)": [f"{p:.2g}" for p in found["p"]],
-        "Would have been seen": [f"{x:.2f}" for x in found["visible"]],
-    }
-    if over_people is not None and set(over_people) - {"–"}:
-        cells["Interval, people and seeds drawn anew"] = list(over_people)
-    return pd.DataFrame(cells | {"Reading": list(found["reading"])})
-
-
-def scores(frame: pd.DataFrame, losses: Sequence[Side], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Means over seeds with their 95 % intervals, per cent, a row a loss: columns as in `measures`."""
+def scores(frame: pd.DataFrame, chosen: Sequence[Side], columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
+    """A row for each of the sides that has runs: the `interval` over its seeds, in per cent, of each of columns (column
+    -> heading)."""
     rows = []
-    for given in losses:
-        loss, variant = side(given)
-        chosen, cells = frame[frame["variant"] == variant], []
-        for column in columns:
-            e = mean_interval(100 * runs.by_seed(chosen, column, loss))
-            cells.append(f"{e.mean:.1f}" if e.n < 2 else f"{e.mean:.1f} [{e.low:.1f}, {e.high:.1f}]")
-        rows.append([f"{loss}, {variant}" if variant else loss, e.n, *cells])
+    for side in here(frame, chosen):
+        part = _runs(frame, side)
+        rows.append([short(*side), len(part), *(interval(100 * part[name], digits) for name in columns)])
     return pd.DataFrame(rows, columns=["Loss", "Seeds", *columns.values()])
 
 
-def by_measure(frame: pd.DataFrame, pairs: Sequence[tuple[Side, Side]], columns: Mapping[str, str]) -> pd.DataFrame:
+def as_table(found: pd.DataFrame, points: str, anew: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Rows of `differences` for readers. points: what of; anew: the same rows, `redrawn` over people and seeds."""
+    single = [", ".join(map(_signed, row.seeds)) if 0 < len(row.seeds) <= 5 else "" for row in found.itertuples()]
+    cells = {
+        "Difference": list(found["name"]),
+        "Seeds": [f"{n} ({each})" if each else f"{n}" for n, each in zip(found["n"], single, strict=True)],
+        f"{points} [95 %]": [measured(row) for row in found.itertuples()],
+        "p (one-sided)": [f"{p:.2g}" for p in found["p"]],
+        "Would have been seen": [f"{x:.2f}" for x in found["visible"]],
+    }
+    if anew is not None and anew["mean"].notna().any():
+        cells["People and seeds drawn anew"] = [measured(row) for row in anew.itertuples()]
+    return pd.DataFrame(cells | {"Reading": list(found["reading"])})
+
+
+def by_measure(frame: pd.DataFrame, chosen: Sequence[Pair], columns: Mapping[str, str]) -> pd.DataFrame:
     """The differences of the pairs in each of the measures, as a table; none of them is corrected for their number."""
-    tables = {}
+    cells = {}
     for column, label in columns.items():
-        found = differences(frame, column, pairs)
-        tables[label.removesuffix(" (%)")] = pd.Series([measured(r) for r in found.itertuples()], index=found["name"])
-    joined = pd.DataFrame(tables).fillna("–").rename_axis("Difference in points of").reset_index()
-    order = {f"{short(better)} − {short(worse)}": place for place, (better, worse) in enumerate(pairs)}
-    return joined.sort_values(joined.columns[0], key=lambda names: names.map(order), ignore_index=True)
+        found = differences(frame, column, chosen)
+        cells[label.removesuffix(" (%)")] = {row.name: measured(row) for row in found.itertuples()}
+    names = [pair.name for pair in chosen if any(pair.name in column for column in cells.values())]
+    rows = [[name, *(column.get(name, "–") for column in cells.values())] for name in names]
+    return pd.DataFrame(rows, columns=["Difference in points", *cells])
 
 
-def measured(row: object) -> str:
-    """ "+0.37 [-0.41, +1.15]" of a row of `differences`."""
-    mean, low, high = (getattr(row, name) for name in ("mean", "low", "high"))
-    return f"{mean:+.2f}" if low != low else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+def interval(values: ArrayLike, digits: int = 1) -> str:
+    """ "24.3 [23.1, 25.5]": the mean with its 95 % interval; of one value, no interval; "–" of none."""
+    x = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(x).any():
+        return "–"
+    e = mean_interval(x[np.isfinite(x)])
+    return f"{e.mean:.{digits}f}" + (f" [{e.low:.{digits}f}, {e.high:.{digits}f}]" if e.n > 1 else "")
+
+
+def measured(row: Any) -> str:
+    """ "+0.37 [-0.41, +1.15]" of a row of `differences`, or of an Estimate in points; "–" of NaN."""
+    if np.isnan(row.mean):
+        return "–"
+    return _signed(row.mean) + ("" if np.isnan(row.low) else f" [{_signed(row.low)}, {_signed(row.high)}]")
 
 
 def in_words(found: pd.DataFrame) -> str:
-    """ "MV-AM-f − AM +0.37 [-0.41, +1.15] (undecided); …" """
-    return "; ".join(f"{r.name} {measured(r)} ({r.reading.partition(':')[0]})" for r in found.itertuples(index=False))
-
-
-def plainly(found: pd.DataFrame) -> str:
-    """What the rows of `differences` say, as clauses without intervals."""
+    """What the rows of `differences` say, as clauses: "MV-AM-f is ahead of AM: +0.37 [+0.11, +0.63] points; …" """
     clauses = []
-    for r in found.itertuples(index=False):
-        better, worse = r.name.split(" − ")
-        says = {
-            AHEAD: f"{better} is ahead of {worse} by {r.mean:.1f} points",
-            BEHIND: f"{better} is behind {worse} by {-r.mean:.1f} points",
-            NO_GAIN: f"{better} gains nothing that matters over {worse} ({r.mean:+.1f} points)",
-            UNDECIDED: f"{better} and {worse} can't be told apart ({r.mean:+.1f} points)",
-            NOT_TESTABLE: f"{better} against {worse} is not testable here",
-        }
-        clauses.append(says[r.reading.partition(":")[0]])
+    for row in found.itertuples():
+        says = SAYS[row.reading.partition(":")[0]].format(short(*row.better), short(*row.worse))
+        clauses.append(f"{says}: {measured(row)} points")
     return "; ".join(clauses)
 
 
 def weight(found: pd.DataFrame, what: str) -> str:
     """Whether rows of `differences` speak for what (such as "MV-Softmax"), against it or for neither, as a sentence."""
-    kinds = [reading.partition(":")[0] for reading in found["reading"]]
-    for_, against = kinds.count(AHEAD), kinds.count(BEHIND) + kinds.count(NO_GAIN)
-    rest = [f"{kinds.count(kind)} {kind}" for kind in (UNDECIDED, NOT_TESTABLE) if kind in kinds]
-    more = f" ({', '.join(rest)})" if rest else ""
+    kinds = Counter(reading.partition(":")[0] for reading in found["reading"])
     if not kinds:
         return f"There are no runs yet that say anything about {what}."
     if set(kinds) == {NOT_TESTABLE}:
         return f"No comparison counts here, so this is no evidence for or against {what}."
-    if for_ and against:
-        return f"{for_} of {len(kinds)} comparisons speak for {what} and {against} against it{more}."
-    if for_ or against:
-        way, other = ("for", "against") if for_ else ("against", "for")
-        verb = "speaks" if for_ + against == 1 else "speak"
-        return f"{for_ + against} of {len(kinds)} comparisons {verb} {way} {what}, none {other} it{more}."
-    return f"The comparisons speak neither for {what} nor against it{more}."
+    counts = [f"{kinds[AHEAD]} for {what}", f"{kinds[BEHIND] + kinds[NO_GAIN]} against it"]
+    counts += [f"{kinds[each]} {each}" for each in (UNDECIDED, NOT_TESTABLE) if kinds[each]]
+    return f"Of {kinds.total()} comparisons: {', '.join(counts)}."
+
+
+def _runs(frame: pd.DataFrame, side: Side) -> pd.DataFrame:
+    return frame[(frame["loss"] == side[0]) & (frame["variant"] == side[1]) & frame["default"].astype(bool)]
+
+
+def _reading(e: Estimate, matters: float) -> str:
+    return AHEAD if e.p < 0.05 else BEHIND if e.high < 0 else NO_GAIN if e.high < matters else UNDECIDED
+
+
+def _signed(x: float) -> str:
+    return f"{round(x, 2) + 0.0:+.2f}"

@@ -15,9 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm
 
-from mvrepro.evidence.claims import difference
-from mvrepro.evidence.runs import by_seed
-from mvrepro.evidence.stats import Estimate, mean_interval
+from mvrepro.evidence.stats import mean_interval
 from mvrepro.losses import LOSSES
 
 DPI = 150
@@ -27,6 +25,12 @@ PAGE = 7.0  # the width in inches of the whole page of a two-column paper
 COLOURS = {"cos": "#0072B2", "A": "#CC79A7", "AM": "#E69F00", "Arc": "#009E73"}
 MARKERS = {"–": "o", "fixed": "s", "adaptive": "D"}
 DASHES = {"–": "-", "fixed": "--", "adaptive": ":"}
+MINED = {  # a colour of their own, whatever the margin: they are drawn beside their margin loss
+    "HM": {"color": "#D55E00", "marker": "^", "linestyle": "--"},
+    "F": {"color": "#56B4E9", "marker": "v", "linestyle": "-."},
+}
+
+Side = tuple[str, str]  # a loss and the variant of its runs, "" for the plain ones
 
 
 def use_style() -> None:
@@ -50,74 +54,61 @@ def use_style() -> None:
     )
 
 
+def short(loss: str, variant: str = "") -> str:
+    """A loss, or side, where there is little room: "MV-AM-Softmax-f", "after AM-Softmax" -> "MV-AM-f (after AM)"."""
+    brief = loss.replace("-Softmax", "")
+    name = brief if len(brief) > 1 else loss  # F-Softmax and A-Softmax keep theirs
+    return f"{name} ({variant.replace('-Softmax', '')})" if variant else name
+
+
 def look(loss: str) -> dict[str, object]:
-    """Colour, marker and line style of a loss: colour is its margin, the rest its emphasis. A margin or emphasis that
-    somebody added is grey, or has crosses, until it has a place in the tables above."""
+    """Colour, marker and line style of a loss: colour is its margin, the rest its emphasis; what is mined looks
+    otherwise. A margin or emphasis that somebody added is grey, or has crosses, until it has a place in the tables
+    above."""
     row = LOSSES[loss]
     emphasis = row.h or "–"
-    return {
+    plain: dict[str, object] = {
         "color": COLOURS.get(row.f, "#666666"),
         "marker": MARKERS.get(emphasis, "P"),
         "linestyle": DASHES.get(emphasis, "-."),
     }
+    return plain | MINED.get(row.g or "", {})
 
 
-def metric_by_loss(ax: Axes, frame: pd.DataFrame, losses: Sequence[str], metric: str, label: str) -> pd.DataFrame:
-    """Each loss as a row: its seeds as small dots, the mean with its 95 % interval as a large one, in per cent.
-
-    frame: runs.table() narrowed to one run a loss and seed. Returns the means and ends drawn.
-    """
-    values = [100 * frame.loc[frame["loss"] == loss, metric] for loss in losses]
-    return _intervals(ax, {"loss": losses}, values, [look(loss) for loss in losses], list(losses), label, 0.22)
-
-
-def paired_differences(
+def forest(
     ax: Axes,
-    frame: pd.DataFrame,
-    pairs: Sequence[tuple[str, str]],
-    metric: str,
-    label: str,
-    looks: Sequence[Mapping[str, object]] | None = None,
-) -> pd.DataFrame:
-    """Each pair (better, worse) as a row: better − worse of each seed as small dots, and as a large mark the mean with
-    its 95 % interval as verdicts have it (claims.difference), in points. looks: colour and marker of each row; None:
-    the better loss's.
-
-    frame: runs.table(); of each loss its default t. Returns the means, ends and single differences drawn.
-    """
-    better, worse = zip(*pairs, strict=True)
-    values = [100 * (by_seed(frame, metric, a) - by_seed(frame, metric, b)).dropna() for a, b in pairs]
-    found = [difference(frame, metric, a, b, min_seeds=2) for a, b in pairs]
-    estimates = [
-        mean_interval(each) if e is None else Estimate(100 * e.mean, 100 * e.low, 100 * e.high, e.n, e.p)
-        for each, e in zip(values, found, strict=True)
-    ]
-    names, looks = [f"{a} − {b}" for a, b in pairs], looks or [look(loss) for loss in better]
-    drawn = _intervals(ax, {"better": better, "worse": worse}, values, looks, names, label, 0.25, estimates)
-    ax.axvline(0, color="0.5", linewidth=0.8)
-    return drawn.assign(seeds=[list(each) for each in values])
-
-
-def _intervals(
-    ax: Axes,
-    what: Mapping[str, Sequence[str]],
-    values: Sequence[pd.Series],
+    rows: pd.DataFrame,
     looks: Sequence[Mapping[str, object]],
-    names: Sequence[str],
     label: str,
-    below: float,
-    estimates: Sequence[Estimate] | None = None,
-) -> pd.DataFrame:
-    """A row for each of values, with its seeds so far below the line; returns what, and the means and ends drawn."""
-    estimates = estimates or [mean_interval(each) for each in values]
-    for place, (each, e, style) in enumerate(zip(values, estimates, looks, strict=True)):
-        colour, ends = str(style["color"]), [[e.mean - e.low], [e.high - e.mean]]
-        ax.plot(each, [place + below] * len(each), ".", color=colour, alpha=0.6, markersize=4)
-        ax.errorbar(e.mean, place, xerr=ends, fmt=str(style["marker"]), color=colour, capsize=2, markersize=5)
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set_xlabel(label)
-    return pd.DataFrame({**what, **{end: [getattr(e, end) for e in estimates] for end in ("mean", "low", "high")}})
+    places: Sequence[float] | None = None,
+) -> None:
+    """Rows (name, mean, low, high, seeds): the mean with its interval as a large mark, single seeds as small dots below
+    it. places: how far down each row lies, where rows of one name share a line; None: a line each."""
+    for place, row, style in zip(places or range(len(rows)), rows.itertuples(), looks, strict=True):
+        colour = str(style["color"])
+        ends = np.maximum([[row.mean - row.low], [row.high - row.mean]], 0)  # a bootstrap's need not hold the mean
+        ax.plot(row.seeds, [place + 0.25] * len(row.seeds), ".", color=colour, alpha=0.6, markersize=4)
+        ax.errorbar(row.mean, place, xerr=ends, fmt=str(style["marker"]), color=colour, capsize=2, markersize=5)
+    names = rows["name"] if places is None else rows["name"].unique()
+    names = [name.replace(" − ", "\n− ") if "(" in name else name for name in names]
+    ax.set_yticks(range(len(names)), names, linespacing=1.15)
+    ax.set(xlabel=label, ylim=(max(len(names), 1) - 0.4, -0.5))
+
+
+def metric_by_loss(ax: Axes, frame: pd.DataFrame, sides: Sequence[Side], metric: str, label: str) -> pd.DataFrame:
+    """Each side as a row: its seeds as small dots, the mean with its 95 % interval as a large one, in per cent.
+
+    frame: runs.table(), of which the default runs count. Returns the means and ends drawn.
+    """
+    rows = []
+    for loss, variant in sides:
+        chosen = (frame["loss"] == loss) & (frame["variant"] == variant) & frame["default"].astype(bool)
+        values = 100 * frame.loc[chosen, metric]
+        e = mean_interval(values)
+        rows.append({"name": short(loss, variant), "mean": e.mean, "low": e.low, "high": e.high, "seeds": list(values)})
+    drawn = pd.DataFrame(rows, columns=["name", "mean", "low", "high", "seeds"])
+    forest(ax, drawn, [look(loss) for loss, _ in sides], label)
+    return drawn.drop(columns="seeds")
 
 
 def curve(ax: Axes, curves: pd.DataFrame, column: str, label: str, style: Mapping[str, Any]) -> list[float]:

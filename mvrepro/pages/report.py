@@ -94,15 +94,21 @@ class Report:
         """Write named values as <name>.json, where claims and readers find them. kind: as in figure."""
         self._write(name, {"notebook": self.notebook, "values": _plain(values)}, kind)
 
-    def course(self, losses: Sequence[str], name: str, *, variant: str = "") -> None:
-        """Figure `name`: how the default runs of these losses learned, epoch by epoch (plots.course); losses without
-        runs are left out."""
-        curves = runs.curves(self.profile, kind=variant)
-        curves = curves[curves["default"]]
-        known = [loss for loss in losses if loss in set(curves["loss"])]
-        kinds = {loss: (curves[curves["loss"] == loss], plots.look(loss)) for loss in known}
+    def course(
+        self, sides: Sequence[plots.Side], name: str, looks: Sequence[Mapping[str, object]] | None = None
+    ) -> None:
+        """Figure `name`: how the default runs of these sides (loss, variant) learned, epoch by epoch (plots.course).
+        Sides without runs are left out; a line of text where none has any. looks: one a side; None: the loss's."""
+        curves, kinds = runs.curves(self.profile, kind=None), {}
+        for (loss, variant), style in zip(sides, looks or [plots.look(loss) for loss, _ in sides], strict=True):
+            rows = curves[(curves["loss"] == loss) & (curves["variant"] == variant) & curves["default"]]
+            if len(rows):
+                kinds[plots.short(loss, variant)] = rows, style
+        if not kinds:
+            print(f"All curves of this figure wait for runs of {', '.join(plots.short(*side) for side in sides)}.")
+            return
         figure, data = plots.course(kinds)
-        alt = f"Training loss, training top-1, share of marked classes and median p_y by epoch, of {', '.join(known)}"
+        alt = f"Training loss, training top-1, share of marked classes and median p_y by epoch, of {', '.join(kinds)}"
         self.figure(figure, name, data, alt=alt, kind="training")
 
     def learned(self, frame: pd.DataFrame) -> None:
@@ -114,7 +120,7 @@ class Report:
         for (loss, variant), row in means.iterrows():
             cells = [percent(row["top1"]), percent(row["marked_share"], 2), f"{row['median_p_y']:.2g}"]
             cells += [f"{row['own_cosine']:+.2f}", f"{row['other_cosine']:+.2f}", percent(row["gradient_distance"])]
-            rows.append([f"{loss}, {variant}" if variant else loss, seeds[loss, variant], *cells])
+            rows.append([plots.short(loss, variant), seeds[loss, variant], *cells])
         columns = ["Loss", "Seeds", "Training top-1 (%)", "Still marked (%)", "Median p_y", "Cosine with the own class"]
         columns += ["With the others", "Gradient's distance from the margin loss's (%)"]
         self.table(pd.DataFrame(rows, columns=columns))
@@ -171,19 +177,6 @@ def claim_table(verdicts: list[claims.Verdict]) -> pd.DataFrame:
     """The table of claims as readers see it."""
     rows = [(v.claim, f"{v.source} ({v.mark})", f"**{v.verdict}**", v.found, v.notebook) for v in verdicts]
     return pd.DataFrame(rows, columns=["Claim", "Source", "Verdict", "Found", "Notebook"])
-
-
-def mv_gains(frame: pd.DataFrame, metrics: Mapping[str, str]) -> str:
-    """What MV gains over its margin loss at its default t, in points as the mean over seeds, in words for each of
-    metrics: columns and their names, such as {"rank1": "rank 1"}. frame: runs.table() of one variant."""
-    parts = []
-    for column, name in metrics.items():
-        gains = []
-        for f, form in itertools.product(("AM", "Arc"), "fa"):
-            better, worse = (runs.by_seed(frame, column, loss) for loss in (f"MV-{f}-Softmax-{form}", f"{f}-Softmax"))
-            gains.append(f"{100 * (better - worse).mean():+.2f} (MV-{f}-{form})")
-        parts.append(f"{name} {', '.join(gains)}")
-    return "; ".join(parts)
 
 
 def contents(folder: Path = NOTEBOOKS) -> pd.DataFrame:

@@ -31,24 +31,6 @@ def test_one_seed_has_a_band_without_width():
     plots.plt.close(fig)
 
 
-def test_normal_deviates_are_symmetric_and_labelled_in_per_cent():
-    fig, axes = plots.new_figure()
-    ax, ticks = axes[0, 0], [0.001, 0.16, 0.5, 0.84, 0.999]
-    for side in "xy":
-        plots.deviate_axis(ax, side, ticks)
-    ax.set(xlim=(0.0005, 0.9995), ylim=(0.0005, 0.9995))
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.1", "16", "50", "84", "99.9"]
-    places = ax.transData.transform(np.column_stack([ticks, ticks]))
-    middle = places[2]
-    assert places[1] - middle == pytest.approx(middle - places[3])
-    assert places[0] - middle == pytest.approx(middle - places[4])
-    # Φ⁻¹(0.001) is 3.107 times as far from the middle as Φ⁻¹(0.16)
-    assert (places[0] - middle) / (places[1] - middle) == pytest.approx(3.0902 / 0.99446, rel=1e-3)
-    # rates of 0 and 1 are drawn at the edge instead of raising
-    assert np.isfinite(ax.transData.transform([[0.0, 1.0]])).all()
-    plots.plt.close(fig)
-
-
 def test_a_loss_that_somebody_added_can_be_drawn(monkeypatch):
     monkeypatch.setitem(plots.LOSSES, "MV-AM-Softmax-x", Loss("AM", h="x"))
     monkeypatch.setitem(plots.LOSSES, "New-Softmax", Loss("new"))

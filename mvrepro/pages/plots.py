@@ -11,9 +11,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from mvrepro.evidence.stats import mean_interval
 from mvrepro.losses import LOSSES
@@ -152,18 +151,6 @@ def band(ax: Axes, x: ArrayLike, rows: ArrayLike, label: str, style: Mapping[str
     ax.plot(x, values.mean(axis=0), **{"label": label, "markersize": 4, "linewidth": 1.2, **style})
     ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
     return list(values.mean(axis=0))
-
-
-def deviate_axis(ax: Axes, side: str, ticks: Sequence[float]) -> None:
-    """Make side ("x" or "y") an axis of normal deviates, as DET curves have it, for rates in (0, 1): equal
-    distances are equal steps of Φ⁻¹(rate). ticks are rates; they are labelled in per cent, as "0.1"."""
-
-    def deviate(rate: ArrayLike) -> NDArray[np.float64]:
-        return np.asarray(norm.ppf(np.clip(rate, 1e-12, 1 - 1e-12)))
-
-    getattr(ax, f"set_{side}scale")("function", functions=(deviate, norm.cdf))
-    getattr(ax, f"set_{side}ticks")(ticks, [f"{100 * tick:g}" for tick in ticks])
-    getattr(ax, f"{side}axis").set_minor_locator(NullLocator())
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float = 2.6):  # type: ignore[no-untyped-def]

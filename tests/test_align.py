@@ -168,6 +168,10 @@ def test_what_changed_is_prepared_anew(tmp_path: Path) -> None:
     photo.write_bytes(b"junk")
     assert align.prepare(raw, out, pick="largest", detect=face)["passed over"] == 1
     assert not crop.exists()  # it was another photo's
+    (raw / "A_B/A_B_0001.jpg").unlink()
+    for _ in range(2):
+        counts = align.prepare(raw, out, pick="largest", detect=face)
+        assert (counts["known"], counts["left over"]) == (1, 1)  # nobody may miss it: it stays, and is told of
 
 
 def test_photos_that_can_not_be_read_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:

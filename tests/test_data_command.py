@@ -243,7 +243,9 @@ def test_prepare_says_what_it_passed_over(
     monkeypatch.setattr(align, "detector", lambda: lambda photo: [])
     (people / "Bo" / "0.png").write_bytes(b"junk")
     printed = call(capsys, "prepare", people, tmp_path / "out")
-    assert "7 without a face" in printed and "1 could not be read: see " in printed
+    assert "7 without a face" in printed and "1 could not be read: see " in printed and "of no photo" not in printed
+    (people / "Bo" / "1.png").unlink()
+    assert "1 crops in " in call(capsys, "prepare", people, tmp_path / "out")
     assert "more than the limit of 0" in call(capsys, "prepare", people, tmp_path / "out", "--bad-limit", "0", code=1)
 
 

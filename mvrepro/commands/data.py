@@ -110,6 +110,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     )
     if "passed over" in counts:
         print(f"{counts['passed over']:,} could not be read: see {arguments.out / 'passed_over.txt'}")
+    if "left over" in counts:
+        print(f"{counts['left over']:,} crops in {arguments.out / 'images'} are of no photo in {arguments.raw}")
     return 0
 
 

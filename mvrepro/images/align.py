@@ -140,7 +140,8 @@ def prepare(
 
     A photo without a face gives its centre. What an earlier call made from the same photo and `pick` is not done again.
     Photos that can't be read are passed over, up to bad_limit, and listed in passed_over.txt. Returns how many were
-    "aligned", "centre", "several faces", "known" and, where there are some, "passed over".
+    "aligned", "centre", "several faces", "known" and, where there are some, "passed over" and "left over": crops that
+    are there, but of no photo of `raw`.
     """
     images, passed_over = out / "images", list[str]()
     places = _places(raw, images, passed_over)
@@ -181,7 +182,8 @@ def prepare(
             write_atomic(out / "passed_over.txt", "".join(f"{line}\n" for line in passed_over))
     if not lines:
         raise UserError(f"none of the {len(places)} photos can be read, such as {passed_over[-1]}")
-    return counts | ({"passed over": len(passed_over)} if passed_over else {})
+    more = {"passed over": len(passed_over), "left over": sum(place not in lines for place in images_in(images, []))}
+    return counts | {name: count for name, count in more.items() if count}
 
 
 def _places(raw: Path, images: Path, passed_over: list[str]) -> dict[str, Path]:

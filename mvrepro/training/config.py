@@ -156,7 +156,8 @@ def check(config: TrainConfig) -> None:
         value, within = getattr(config, item.name), item.metadata["within"]
         for one in value if isinstance(value, tuple) else (value,):
             if within and not (isinstance(one, int | float) and math.isfinite(one) and within[0] <= one <= within[1]):
-                bound = f">= {within[0]:g}" if within[1] >= 2**31 else f"in {within[0]:g} … {within[1]:g}"
+                short = within[1] >= 2**31 and not one > within[1]  # nobody comes near the upper end but who passes it
+                bound = f">= {within[0]:g}" if short else f"in {within[0]:g} … {within[1]:.10g}"
                 raise UserError(f"{item.name} must be a number {bound}, got {one}")
             if item.metadata["one_of"] and one not in item.metadata["one_of"]:
                 known = ", ".join(item.metadata["one_of"])

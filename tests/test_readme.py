@@ -46,7 +46,7 @@ def test_commands_and_options_are_there():
     assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
     assert set(re.findall(r"python -m mvrepro ([a-z]+)", text)) <= set(COMMANDS)
     assert set(re.findall(r"python -m benchmarks ([a-z]+)", text)) <= {"head", "loop"}
-    known = {"--nproc-per-node"}  # of torchrun
+    known = {"--nproc-per-node", "--strict", "--no-deps", "--disable-pip"}  # of torchrun and pip-audit
     for name in COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"mvrepro.commands.{name}").add_arguments(parser)

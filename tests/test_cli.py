@@ -164,7 +164,7 @@ def test_train_in_a_process_fails_with_one_message(tmp_path: Path, arguments: li
         (["--device", "cuda:99"], "device 'cuda:99' can't be used: "),
         (
             ["--data", "mnist"],
-            "unknown data 'mnist'; known are: orl, digits, lfw, cfp, synthetic; and there is no such file",
+            "unknown data 'mnist'; known are: orl, digits, lfw, cfp, development, synthetic; and there is no such file",
         ),
         (["--backbone", "vgg"], "unknown backbone 'vgg'; known are: toy, "),
         (["--m", "-1"], "m of AM-Softmax must be a number >= 0, got -1.0"),

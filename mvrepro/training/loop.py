@@ -1,10 +1,9 @@
 """A run from its settings to its record: train, log, test, keep snapshots, go on from one."""
 
 import hashlib
-import inspect
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,17 +124,11 @@ def check_used(config: TrainConfig, given: Iterable[str]) -> None:
             other, value = OF_OTHERS[name]
             here = f"--{other} {getattr(config, other)}" if isinstance(value, str) else f"--no-{other}"
             others = f"--{other} {value}" if isinstance(value, str) else f"--{other}"
-        elif name not in ("data", "seed") and name not in _settings_of(tasks.builder(config.data)):
+        elif name not in ("data", "seed") and name not in tasks.settings_of(config.data):
             here = f"--data {config.data}"
-            others = ", ".join(
-                data for data, build in {**tasks.TASKS, "PATH": tasks.at_path}.items() if name in _settings_of(build)
-            )
+            others = ", ".join(data for data in (*tasks.TASKS, "PATH") if name in tasks.settings_of(data))
         if others:
             raise UserError(f"--{name.replace('_', '-')} decides nothing with {here}; it does with {others}")
-
-
-def _settings_of(build: Callable[..., Any]) -> Iterable[str]:
-    return inspect.signature(build).parameters
 
 
 def made_by(config: TrainConfig) -> dict[str, str]:

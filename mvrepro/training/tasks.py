@@ -6,7 +6,7 @@ costs no run.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def digits(seed: int) -> Task:
     train, test = small.split_images(small.digits(), 0.25, seed)
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
-        nearest = (unit(embeddings) @ unit(weights).T).argmax(1)
+        nearest = (embeddings @ unit(weights).T).argmax(1)  # whatever an embedding's length, 0 too
         return {"accuracy": float(np.mean(nearest == test.labels))}, {}
 
     return Task(train, test, judge, features=True)
@@ -238,9 +238,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 }  # fmt: skip
 
 
-def builder(data: str) -> Callable[..., Task]:
-    """What makes the task of a value of TrainConfig.data; its arguments are the settings that it depends on."""
-    return TASKS.get(data, at_path)
+def settings_of(data: str) -> Iterable[str]:
+    """The settings, by name, that the task of a value of TrainConfig.data depends on."""
+    return inspect.signature(TASKS.get(data, at_path)).parameters
 
 
 def load(config: TrainConfig) -> Task:
@@ -249,8 +249,8 @@ def load(config: TrainConfig) -> Task:
     if config.data not in TASKS and not Path(config.data).exists():
         known = ", ".join(TASKS)
         raise UserError(f"unknown data {config.data!r}; known are: {known}; and there is no such file or folder")
-    build = builder(config.data)
-    task = build(**{setting: getattr(config, setting) for setting in inspect.signature(build).parameters})
+    build = TASKS.get(config.data, at_path)
+    task = build(**{setting: getattr(config, setting) for setting in settings_of(config.data)})
     if task.impostor_pairs is not None:
         try:
             protocols.check_fprs(task.impostor_pairs, config.fprs)

@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from mvrepro.errors import UserError
 from mvrepro.files import ROOT, check_file, display, read_json, write_atomic, write_json
 from mvrepro.images import Memory, Pixels, decode, photographs, small, write_rec
 from mvrepro.images.storage import kept_array
+from mvrepro.terminal import end
 
 SHARES = {"tests": 0.3, "head": 0.25, "loop": 0.17, "evidence": 0.28}  # of the time
 SLACK = 20  # seconds that a part which is asked to end may still take
@@ -137,9 +137,7 @@ def _part(job: Job) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         error = "stopped: it did not end in its time"
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # with all that it has started
-        child.wait()
+        end(child)
     record: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         record = read_json(job.out)

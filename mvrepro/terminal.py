@@ -7,6 +7,7 @@ import io
 import multiprocessing.context
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -123,6 +124,16 @@ def deaf() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end(child: subprocess.Popen[Any]) -> None:
+    """Kill what was started with start_new_session, and with it all that it has started (on Windows itself alone)."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    else:
+        child.kill()
+    child.wait()
 
 
 class DeafProcess(multiprocessing.context.SpawnProcess):

@@ -1,14 +1,13 @@
 """What tests/test_ranks.py starts: runs of `python -m mvrepro train`, each rank a fork of this process, which has torch
 in memory already. Reads a list of runs as JSON, and prints a list of [exit code, stdout, stderr] a rank for each.
 
-A run is {"ranks": R, "arguments": […], "kill": [rank, where, n] or null}: SIGKILL at the n-th arrival there; or
+A run is {"ranks": R, "arguments": […], "kill": [rank, where, n, signal] or null}: that at the n-th arrival there; or
 {"ranks": R, "check": a function of this module}.
 """
 
 import gc
 import json
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -23,12 +22,8 @@ from mvrepro.training import batches, checkpoint, loop, network, ranks
 from mvrepro.training.config import TrainConfig
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def trap(where, n):
-    """Let this process die at the n-th call, counted from 1, of what `where` names."""
+def trap(where, n, number):
+    """Let this process get a signal at the n-th call, counted from 1, of what `where` names."""
     owner, name = {
         "step": (network.Network, "step"),
         "file": (checkpoint, "_save"),  # half of it is written then
@@ -46,7 +41,7 @@ def trap(where, n):
                 original(*arguments)
                 with arguments[0].open("r+b") as file:
                     file.truncate(arguments[0].stat().st_size // 2)
-            die()
+            os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
     setattr(owner, name, call)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -82,17 +83,17 @@ PLACES = [(0, "step", 6), (1, "file", 1), (0, "manifest", 1), (1, "step", 5), (0
         (1, EVERYTHING, [*PLACES, (0, "file", 2), (0, "record", 1)]),
         (1, IN_BACKWARD, [(0, "step", 9), (0, "file", 1)]),
         (2, EVERYTHING, [*PLACES, (0, "record", 1)]),
-        (3, ["--steps", "10"], [(2, "step", 6)]),
+        (3, ["--steps", "10"], [(2, "step", 6), (1, "step", 3, signal.SIGTERM), (0, "step", 2, signal.SIGTERM)]),
     ],
 )
 def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path, ranks, options, kills):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    kills = [(rank % ranks, where, n) for rank, where, n in kills]
+    kills = [(rank % ranks, where, n, *(number or [signal.SIGKILL])) for rank, where, n, *number in kills]
     runs = [run(whole, *options, ranks=ranks)]
     runs += [run(broken, *options, "--resume", ranks=ranks, kill=kill) for kill in kills]
     *_, (codes, said, errors) = results = worker(*runs, run(broken, *options, "--resume", ranks=ranks))
-    for (rank, where, _), (fate, _, _) in zip(kills, results[1:], strict=False):
-        assert fate[rank] == -9, f"{where} was never reached: {results}"
+    for (rank, where, _, number), (fate, _, _) in zip(kills, results[1:], strict=False):
+        assert fate[rank] == -number, f"{where} was never reached: {results}"
     assert codes == (0,) * ranks, errors
     assert "going on from" in said[0] and not any(said[1:])
     assert last_snapshot(whole) == last_snapshot(broken)

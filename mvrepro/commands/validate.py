@@ -1,9 +1,6 @@
 """`python -m mvrepro validate`: do the committed results still hold? Nothing is trained or written."""
 
 import argparse
-import contextlib
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +10,7 @@ from mvrepro.determinism import environment
 from mvrepro.errors import UserError
 from mvrepro.evidence import claims
 from mvrepro.files import RESULTS, ROOT, display
-from mvrepro.terminal import deaf
+from mvrepro.terminal import deaf, end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +53,4 @@ def _execute(notebooks: list[Path], profile: str) -> int:
     try:
         return tests.wait()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(tests.pid, signal.SIGKILL)  # with all that it has started
-        tests.wait()
+        end(tests)

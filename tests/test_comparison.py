@@ -149,29 +149,33 @@ def test_what_the_comparisons_speak_for(kinds, says):
     assert comparison.weight(pd.DataFrame({"reading": kinds}), "MV") == says
 
 
-def test_people_drawn_anew_widen_the_interval(frame, monkeypatch):
-    generator = np.random.default_rng(0)
-    correct = {
-        (loss, t, s): generator.random(400) < p
-        for loss, t, p in ((A[0], 0.2, 0.4), ("AM-Softmax", 0.0, 0.5))
-        for s in SEEDS
+@pytest.mark.parametrize("metric", ["rank1", "rank1_by_person"])
+def test_people_drawn_anew_widen_the_interval(frame, monkeypatch, metric):
+    generator, pairs = np.random.default_rng(0), np.arange(400) % 3 + 1
+    one, every = {}, {}
+    for loss, t, p in ((A[0], 0.2, 0.4), ("AM-Softmax", 0.0, 0.5)):
+        for s in SEEDS:
+            one[loss, t, s] = generator.random(400) < p
+            every[loss, t, s] = generator.binomial(pairs, p)
+    kept = {
+        key: {"correct": np.append(bits, [False] * 8), "probes": 400, "pairs": pairs, "found": every[key]}
+        for key, bits in one.items()
     }
-    kept = {key: {"correct": np.append(bits, [False] * 8), "probes": 400} for key, bits in correct.items()}
     kept[A[0], 0.5, 0] = kept[A[0], 0.2, 0]  # a run at another t
     monkeypatch.setattr(runs, "evidence", lambda profile, part, kind: kept)
     monkeypatch.setattr(runs, "default_t", lambda profile: 0.2)
     monkeypatch.setattr(runs, "table", lambda profile, kind: frame)
     found = comparison.differences(frame, "rank1", [FIXED, ADAPTIVE])
-    anew = comparison.people("faces", found)
+    anew = comparison.people("faces", found, metric)
     assert list(anew["over"]) == ["people and seeds"] * 2 and comparison.measured(next(anew.itertuples())) == "–"
     row = anew.iloc[1]
-    apart = [correct[A[0], 0.2, s].mean() - correct["AM-Softmax", 0.0, s].mean() for s in SEEDS]
+    whole = one if metric == "rank1" else {key: found / pairs for key, found in every.items()}
+    apart = [whole[A[0], 0.2, s].mean() - whole["AM-Softmax", 0.0, s].mean() for s in SEEDS]
     assert row["mean"] == pytest.approx(100 * np.mean(apart))
     assert row["low"] < row["mean"] < row["high"] and 3 < row["high"] - row["low"] < 20
-    assert (
-        row["reading"] == comparison.BEHIND
-        and len(comparison.gaps(comparison.kept("faces", "rank1"), ADAPTIVE, "correct")) == 4
-    )
+    assert row["reading"] == comparison.BEHIND
+    of_each = comparison.gaps(comparison.kept("faces", "rank1"), ADAPTIVE, comparison.OF_PEOPLE[metric])
+    assert of_each.shape == (4, 400)
     shown = comparison.as_table(found, "points", anew)
     assert list(shown["People and seeds drawn anew"]) == [comparison.measured(each) for each in anew.itertuples()]
 

@@ -40,6 +40,10 @@ OVER = {  # what is drawn anew, and how it is drawn beside the others
     "people": {"color": "#D55E00", "marker": "D"},
     "people and seeds": {"color": "#D55E00", "marker": "D"},
 }
+OF_PEOPLE = {
+    "rank1": "correct",
+    "rank1_by_person": "share",
+}  # metrics that are means over people: what `kept` has of each
 MEASURES = {
     "lfw_accuracy": "View 2 of LFW, accuracy (%)",
     "hard_accuracy": "hard pairs (home-made), accuracy (%)",
@@ -145,13 +149,16 @@ def within(found: pd.DataFrame, chosen: Sequence[Pair]) -> pd.DataFrame:
 
 
 def kept(profile: str, part: str) -> dict[Side, dict[int, dict[str, Any]]]:
-    """side -> seed -> what the default runs keep of one part of their test (runs.evidence)."""
+    """side -> seed -> what the default runs keep of one part of their test (runs.evidence); of rank1 also "share", of
+    each person's pairs that were found."""
     usual, there = runs.default_t(profile), here(runs.table(profile, kind=None))
     found: dict[Side, dict[int, dict[str, Any]]] = {side: {} for side in there}
     for variant in dict.fromkeys(variant for _, variant in there):
         for (loss, t, seed), evidence in sorted(runs.evidence(profile, part, kind=variant).items()):
             if t in (0.0, usual):
                 found[loss, variant][seed] = evidence
+                if part == "rank1" and "found" in evidence:
+                    evidence["share"] = evidence["found"] / evidence["pairs"]
     return {side: seeds for side, seeds in found.items() if seeds}
 
 
@@ -162,12 +169,12 @@ def gaps(evidence: Mapping[Side, Mapping[int, Mapping[str, Any]]], pair: Pair, k
     return np.array([np.subtract(a[seed], b[seed], dtype=float) for seed in sorted(a.keys() & b.keys())])
 
 
-def people(profile: str, found: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
-    """The rows of `differences` of rank1 where people and seeds are drawn anew (stats.bootstrap_people); NaN where the
-    runs don't keep which people were found."""
+def people(profile: str, found: pd.DataFrame, metric: str, draws: int = 2000) -> pd.DataFrame:
+    """The rows of `differences` of a metric OF_PEOPLE where people and seeds are drawn anew (stats.bootstrap_people);
+    NaN where the runs don't keep what it is for each person."""
     evidence, estimates = kept(profile, "rank1"), []
     for row in found.itertuples():
-        apart = 100 * gaps(evidence, Pair(row.better, row.worse), "correct")
+        apart = 100 * gaps(evidence, Pair(row.better, row.worse), OF_PEOPLE[metric])
         e = Estimate(np.nan, np.nan, np.nan, 0)
         if len(apart):
             everyone = np.arange(apart.shape[1])

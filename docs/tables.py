@@ -95,16 +95,16 @@ def learned() -> str:
             chosen = [r for r in chosen if "MV" not in loss or r["config"]["t"] == 0.2]
             if not chosen or metric["column"] not in chosen[0]["metrics"]:
                 continue
-            curves, ends = [r["curve"] for r in chosen], [r.get("learned", {}) for r in chosen]
-            top1 = [100 * end["top1"] for end in ends if "top1" in end]
+            losses, ends = [r["curve"]["loss"][-1] for r in chosen], [_end(r) for r in chosen]
+            top1 = [100 * end["top1"] for end in ends if end["top1"] is not None]
             rows.append(
                 [
                     loss,
                     str(len(chosen)),
                     span(top1, ".1f") if len(top1) == len(chosen) else "–",
-                    span([100 * curve["marked_share"][-1] for curve in curves], ".1f"),
-                    span([curve["target_cosine"][-1] for curve in curves], ".2f"),
-                    span([curve["loss"][-1] for curve in curves], ".1f"),
+                    span([100 * end["marked_share"] for end in ends], ".1f"),
+                    span([end["own_cosine"] for end in ends], ".2f"),
+                    span(losses, ".1f"),
                     f"{100 * mean(r['metrics'][metric['column']] for r in chosen):.1f}",
                 ]
             )
@@ -112,6 +112,13 @@ def learned() -> str:
         if rows:
             parts.append(f"**`{name}`**\n\n{markdown(columns, rows)}")
     return "\n" + "\n".join(parts) + "\n"
+
+
+def _end(record: dict[str, Any]) -> dict[str, Any]:
+    """Where a network ended: on training images, or, in a record that is older, in its last batch."""
+    curve = record["curve"]
+    last = {"top1": None, "marked_share": curve["marked_share"][-1], "own_cosine": curve["target_cosine"][-1]}
+    return last | record.get("learned", {})
 
 
 def tuning() -> str:

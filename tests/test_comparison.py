@@ -132,16 +132,22 @@ def test_the_words_follow_the_numbers(frame):
     fixed, adaptive = comparison.in_words(found).split("; ")
     assert fixed.startswith("MV-AM-f gains nothing that matters over AM: +0.10 [") and fixed.endswith("] points")
     assert adaptive.startswith("MV-AM-a is behind AM: -5.00 [")
-    assert comparison.weight(found, "MV") == "Of 2 comparisons: 0 for MV, 2 against it."
+    assert comparison.weight(found, "MV") == "Of 2 comparisons of MV: 0 ahead, 1 behind, 1 without a gain that matters."
 
 
 @pytest.mark.parametrize(
     ("kinds", "says"),
     [
         ([], "There are no runs yet that say anything about MV."),
-        ([comparison.AHEAD], "Of 1 comparisons: 1 for MV, 0 against it."),
-        ([comparison.AHEAD, comparison.UNDECIDED], "Of 2 comparisons: 1 for MV, 0 against it, 1 cannot be told apart."),
-        ([comparison.BEHIND, comparison.NO_GAIN], "Of 2 comparisons: 0 for MV, 2 against it."),
+        ([comparison.AHEAD], "Of 1 comparisons of MV: 1 ahead, 0 behind."),
+        (
+            [comparison.AHEAD, comparison.UNDECIDED],
+            "Of 2 comparisons of MV: 1 ahead, 0 behind, 1 cannot be told apart.",
+        ),
+        (
+            [comparison.BEHIND, comparison.NO_GAIN],
+            "Of 2 comparisons of MV: 0 ahead, 1 behind, 1 without a gain that matters.",
+        ),
         (["not testable here: why"] * 2, "No comparison counts here, so this is no evidence for or against MV."),
     ],
 )

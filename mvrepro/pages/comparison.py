@@ -34,6 +34,7 @@ SAYS = {
     UNDECIDED: "{} and {} cannot be told apart",
     NOT_TESTABLE: "{} against {} is not testable here",
 }
+COUNTED = {NO_GAIN: "without a gain that matters", UNDECIDED: "cannot be told apart", NOT_TESTABLE: "not testable here"}
 OVER = {  # what is drawn anew, and how it is drawn beside the others
     "seeds": {"color": "#000000", "marker": "o"},
     "folds": {"color": "#0072B2", "marker": "s"},
@@ -108,13 +109,14 @@ def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.
 
     name; better, worse: the sides; over: what is drawn anew, "seeds"; mean, low, high: points, with the 95 % interval;
     p: one-sided, without correction; n; seeds: the single differences; visible: the true difference that a one-sided
-    test at the 5 % level sees four times out of five; matters: the least that anybody would mind;
+    test at the 5 % level sees four times out of five; matters: the least that anybody would mind, NaN where no verdict
+    rests on the metric;
     reading: AHEAD (p < 0.05), BEHIND or NO_GAIN (the interval lies below 0, or below what matters), UNDECIDED, or
     NOT_TESTABLE with the reason, by the gate of claims.toml.
     """
-    bounds = {each["column"]: each.get("matters", 0.01) for each in claims.metrics().values()}
+    bounds = {each["column"]: each["matters"] for each in claims.metrics().values() if "matters" in each}
     tested = frame[frame[metric].notna()] if metric in frame else frame[:0]
-    matters, rows = 100 * bounds.get(metric, 0.01), []
+    matters, rows = 100 * bounds.get(metric, np.nan), []
     for pair in known(tested, chosen):
         (a, x), (b, y) = pair
         claim = {"better": a, "worse": b, "better_variant": x, "worse_variant": y}
@@ -284,15 +286,15 @@ def in_words(found: pd.DataFrame) -> str:
 
 
 def weight(found: pd.DataFrame, what: str) -> str:
-    """Whether rows of `differences` speak for what (such as "MV-Softmax"), against it or for neither, as a sentence."""
+    """What rows of `differences` say of what (such as "MV-Softmax"), counted, as a sentence."""
     kinds = Counter(reading.partition(":")[0] for reading in found["reading"])
     if not kinds:
         return f"There are no runs yet that say anything about {what}."
     if set(kinds) == {NOT_TESTABLE}:
         return f"No comparison counts here, so this is no evidence for or against {what}."
-    counts = [f"{kinds[AHEAD]} for {what}", f"{kinds[BEHIND] + kinds[NO_GAIN]} against it"]
-    counts += [f"{kinds[each]} {each}" for each in (UNDECIDED, NOT_TESTABLE) if kinds[each]]
-    return f"Of {kinds.total()} comparisons: {', '.join(counts)}."
+    counts = [f"{kinds[AHEAD]} ahead", f"{kinds[BEHIND]} behind"]
+    counts += [f"{kinds[each]} {words}" for each, words in COUNTED.items() if kinds[each]]
+    return f"Of {kinds.total()} comparisons of {what}: {', '.join(counts)}."
 
 
 def _runs(frame: pd.DataFrame, side: Side) -> pd.DataFrame:

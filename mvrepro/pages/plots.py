@@ -24,6 +24,7 @@ PAGE = 7.0  # the width in inches of the whole page of a two-column paper
 COLOURS = {"cos": "#0072B2", "A": "#CC79A7", "AM": "#E69F00", "Arc": "#009E73"}
 MARKERS = {"–": "o", "fixed": "s", "adaptive": "D"}
 DASHES = {"–": "-", "fixed": "--", "adaptive": ":"}
+SHADES = {"fixed": 0.72, "adaptive": 0.45}  # of the margin's colour: where the three are drawn alone, one would not do
 MINED = {  # a colour of their own, whatever the margin: they are drawn beside their margin loss
     "HM": {"color": "#D55E00", "marker": "^", "linestyle": "--"},
     "F": {"color": "#56B4E9", "marker": "v", "linestyle": "-."},
@@ -61,13 +62,14 @@ def short(loss: str, variant: str = "") -> str:
 
 
 def look(loss: str) -> dict[str, object]:
-    """Colour, marker and line style of a loss: colour is its margin, the rest its emphasis; what is mined looks
-    otherwise. A margin or emphasis that somebody added is grey, or has crosses, until it has a place in the tables
-    above."""
+    """Colour, marker and line style of a loss: colour is its margin, darker with an emphasis, which the rest says; what
+    is mined looks otherwise. A margin or emphasis that somebody added is grey, or has crosses, until it has a place in
+    the tables above."""
     row = LOSSES[loss]
     emphasis = row.h or "–"
+    red, green, blue = (SHADES.get(emphasis, 1.0) * x for x in mpl.colors.to_rgb(COLOURS.get(row.f, "#666666")))
     plain: dict[str, object] = {
-        "color": COLOURS.get(row.f, "#666666"),
+        "color": mpl.colors.to_hex((red, green, blue)).upper(),
         "marker": MARKERS.get(emphasis, "P"),
         "linestyle": DASHES.get(emphasis, "-."),
     }
@@ -128,18 +130,25 @@ COURSE = {
 }
 
 
+# Logarithmic where the values span a decade; below this, linear, since a share of 0 has a place, too.
+LOGARITHMIC = {"marked_share": 0.1, "median_p_y": 1e-9}
+
+
 def course(kinds: Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]]) -> tuple[Figure, dict[str, Any]]:
     """How runs learned, epoch by epoch: loss, training top-1, marked share and p_y, a panel each, a line each of kinds:
     label -> (rows of runs.curves(), look). Returns the figure and what is drawn."""
     fig, axes = new_figure(2, 2, height=4.6)
     data = {}
     for ax, (column, label) in zip(axes.flat, COURSE.items(), strict=True):
+        scale = 100 if label.endswith("(%)") else 1
         for name, (rows, style) in kinds.items():
-            scale = 100 if label.endswith("(%)") else 1
-            data[f"{name}: {column}"] = curve(ax, rows.assign(**{column: scale * rows[column]}), column, name, style)
+            every = {"markevery": 1, **style} if rows["epoch"].nunique() < 10 else style
+            data[f"{name}: {column}"] = curve(ax, rows.assign(**{column: scale * rows[column]}), column, name, every)
         ax.set_ylabel(label)
-        if column in ("marked_share", "median_p_y"):
-            ax.set_yscale("log")
+        ends = [end for name in kinds for end in (min(data[f"{name}: {column}"]), max(data[f"{name}: {column}"]))]
+        if column in LOGARITHMIC and max(ends) > 10 * min(ends):
+            ax.set_yscale("symlog", linthresh=LOGARITHMIC[column])
+            ax.set_ylim(bottom=0)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig, data
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trees import commit, run_git
 
 import mvrepro
 from mvrepro import pipeline, provenance
@@ -440,6 +441,22 @@ def test_the_bits_of_a_sample_are_those_of_its_committed_runs(tmp_path, monkeypa
     assert not compare([new], {}).same_bits
     known.write_text(json.dumps(RECORD | {"curve": {"loss": [1.0, 0.6]}}))
     assert not compare([known, new], {}).same_bits
+
+
+def test_a_changed_run_is_noticed_whatever_its_name(tmp_path, monkeypatch):
+    """git quotes names that are not ASCII, where nothing tells it otherwise."""
+    path = tmp_path / "results" / "runs" / "made-up" / "AM-Softmax_t wächst_seed0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(RECORD))
+    run_git(tmp_path, "init", "-q")
+    commit(tmp_path)
+    for module in ("provenance", "files"):
+        monkeypatch.setattr(f"mvrepro.{module}.ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "CLONE", True)
+    assert compare([path], {}).same_bits
+    path.write_text(json.dumps(RECORD | {"metrics": {"rank1": 0.25}}))
+    found = compare([path], {})
+    assert len(found.different) == 1 and not found.same_bits
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,8 @@ class Comparison:
 def compare(files: Sequence[Path], tolerances: Mapping[str, Mapping[str, float]]) -> Comparison:
     """Compare files of results/ with the last commit. tolerances: profile -> metric -> how far it may move."""
     result, runs_differ = Comparison(), False
-    status = git("status", "--porcelain", "--no-renames", "-uall", "--", "results")
-    changed = {line.split(maxsplit=1)[1] for line in (status or "").splitlines()}
+    status = git("status", "--porcelain", "-z", "--no-renames", "-uall", "--", "results")  # -z: names as they are
+    changed = {line.split(maxsplit=1)[1] for line in (status or "").split("\0") if line}
     for path in sorted(files, key=lambda p: "runs" not in p.parts):
         now = path.read_bytes()
         before = committed(path) if status is None or display(path) in changed else now

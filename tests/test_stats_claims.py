@@ -672,6 +672,13 @@ def test_no_runs_at_all_tests_nothing(judge):
     assert {v.verdict for v in found.values()} == {claims.NOT_TESTED}
 
 
+def test_runs_without_a_usual_t_are_not_taken_for_none(add, judge, monkeypatch):
+    add("MV-AM-Softmax-a", [0.5])
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"params.yaml, made-up.train: needs t"):
+        judge(greater())
+
+
 def test_unknown_rule(judge):
     with pytest.raises(UserError, match="claim x: unknown rule 'bigger'"):
         judge({"id": "x", "rule": "bigger"})

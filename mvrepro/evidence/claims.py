@@ -101,7 +101,7 @@ def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) 
     claims, column = load(), metric(profile)[0]
     try:
         frame = runs.table(profile, folder, kind=None)
-    except UserError:
+    except runs.NoRuns:
         frame = pd.DataFrame(columns=runs.COLUMNS)
     families: dict[str, dict[str, Estimate]] = defaultdict(dict)
     for claim in claims:

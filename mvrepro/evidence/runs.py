@@ -17,12 +17,16 @@ LEARNED = ["top1", "marked_share", "median_p_y", "own_cosine", "other_cosine", "
 COLUMNS = ["variant", "loss", "f", "h", "g", "t", "default", "seed", "embedding_dim", *LEARNED]
 
 
+class NoRuns(UserError):
+    """A profile has no records yet."""
+
+
 def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The records of all runs of a profile, sorted by file name. Raises UserError where there are none."""
+    """The records of all runs of a profile, sorted by file name. Raises NoRuns where there are none."""
     here = folder / "runs" / profile
     paths = sorted(here.glob("*.json"))
     if not paths:
-        raise UserError(f"no runs in {display(here)}: `make reproduce` makes them")
+        raise NoRuns(f"no runs in {display(here)}: `make reproduce` makes them")
     return [read_json(path) for path in paths]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from statistics import mean
 from typing import Any
 
+from mvrepro.evidence.runs import default_t
 from mvrepro.files import RESULTS, ROOT, read_json, read_toml, write_atomic
 from mvrepro.losses import LOSSES
 from mvrepro.training.config import OF_LOSSES
@@ -92,7 +93,8 @@ def learned() -> str:
         metric = metrics.get(name, {"column": "lfw_accuracy", "label": "LFW accuracy, View 2 (%)"})
         for loss in SHOWN:
             chosen = [r for r in records if r["config"]["loss"] == loss and not r["config"].get("variant")]
-            chosen = [r for r in chosen if "MV" not in loss or r["config"]["t"] == 0.2]
+            usual = default_t(name) if chosen and "MV" in loss else None
+            chosen = [r for r in chosen if usual is None or r["config"]["t"] == usual]
             if not chosen or metric["column"] not in chosen[0]["metrics"]:
                 continue
             losses, ends = [r["curve"]["loss"][-1] for r in chosen], [_end(r) for r in chosen]

@@ -73,6 +73,17 @@ def test_a_changed_number_is_written_anew() -> None:
     assert changed != page == tables.filled(changed)
 
 
+def test_the_networks_that_learned_are_those_of_a_profiles_own_t(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"loss": "MV-AM-Softmax-a", "t": 0.3}
+    curve = {"loss": [2.0], "marked_share": [0.1], "target_cosine": [0.5]}
+    records = [{"config": config, "curve": curve, "metrics": {"lfw_accuracy": 0.7}}]
+    monkeypatch.setattr(tables, "profiles", lambda: {"made-up": records})
+    monkeypatch.setattr(tables, "default_t", lambda profile: 0.3)
+    assert "| MV-AM-Softmax-a | 1 |" in tables.learned()
+    monkeypatch.setattr(tables, "default_t", lambda profile: 0.2)
+    assert tables.learned().strip() == ""
+
+
 def test_the_data_sheet_names_every_set_and_its_sums() -> None:
     text = (DOCS / "data-sheet.md").read_text(encoding="utf-8")
     sets = tables.read_toml(ROOT / "paper" / "people.toml")["set"]

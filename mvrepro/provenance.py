@@ -19,7 +19,7 @@ from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import CLONE, LOCAL, PACKAGE, RESULTS, ROOT, TEMPORARY, display
 
 # What a result depends on: a change elsewhere (README, results) does not make the commit "dirty".
-SOURCES = ["mvrepro", "notebooks", "paper", "params.yaml", "dvc.yaml", "requirements.lock"]
+SOURCES = ["mvrepro", "benchmarks", "notebooks", "paper", "params.yaml", "dvc.yaml", "requirements.lock"]
 CAME = LOCAL / "came"  # the results of a ZIP
 # The parts of mvrepro/ that decide what a training gives.
 TRAINING = ("losses", "heads", "networks", "images", "protocols", "training", "determinism")

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trees import commit, run_git
 
-from mvrepro import LOSSES, MarginHead, networks
+from mvrepro import LOSSES, MarginHead, networks, provenance
 from mvrepro.commands.train import set_environment
 from mvrepro.determinism import ENVIRONMENT
 from mvrepro.errors import UserError
@@ -145,6 +146,20 @@ def test_provenance_says_where_the_numbers_come_from() -> None:
     assert 50 < provenance["peak_resident_mib"] < 50_000  # MiB, whatever the system counts in
     assert provenance["peak_gpu_mib"] is None
     assert not [value for value in provenance.values() if isinstance(value, str) and str(ROOT) in value]
+
+
+@pytest.mark.parametrize(("name", "dirty"), [("benchmarks/head.py", True), ("README.md", False)])
+def test_a_commit_is_dirty_where_what_a_result_depends_on_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dirty: bool
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("before")
+    run_git(tmp_path, "init", "-q")
+    commit(tmp_path)
+    (tmp_path / name).write_text("after")
+    monkeypatch.setattr(provenance, "CLONE", True)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.provenance(0.0, "cpu", 1)["dirty"] is dirty
 
 
 @pytest.mark.parametrize(

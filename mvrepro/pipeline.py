@@ -41,6 +41,8 @@ from mvrepro.training.config import TrainConfig, from_settings
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
 ASIDE = ("bench", "published")  # stages that are computed where they are asked for by name, and else taken as they lie
+NO_RECORD, OTHER_SETTINGS = "has no record", "was made with other settings"  # why a run is not current
+OTHER_CODE, OTHER_BASE = "was made by other code", "began with a network of other settings"
 AGAIN = "What was computed before is kept: the same command goes on from there."
 
 
@@ -155,14 +157,14 @@ def lacking(steps: Sequence[Step]) -> dict[str, str]:
     code, reasons = code_hash(), {}
     for step in (s for s in steps if s.config):
         if not all(path.is_file() for path in step.writes):
-            reasons[step.name] = "has no record"
+            reasons[step.name] = NO_RECORD
             continue
-        record, reasons[step.name] = read_json(step.writes[0]), "was made with other settings"
+        record, reasons[step.name] = read_json(step.writes[0]), OTHER_SETTINGS
         with contextlib.suppress(UserError):  # a setting that is no longer known; a newer one has its default there
             if step.config and from_settings(record["config"], "").decisive() == step.config.decisive():
-                reasons[step.name] = "was made by other code" if record.get("code") != code else ""
+                reasons[step.name] = OTHER_CODE if record.get("code") != code else ""
             if step.base and record.get("began_with", {}).get("config_hash") != config_hash(step.base.decisive()):
-                reasons[step.name] = "began with a network of other settings"
+                reasons[step.name] = OTHER_BASE
     return {name: reason for name, reason in reasons.items() if reason}
 
 

@@ -103,7 +103,7 @@ def sampled(steps: list[Step], count: int) -> list[Step]:
     evenly spread in the order of params.yaml."""
     if count < 1:
         raise UserError(f"--sample must be 1 or more, got {count}")
-    new = {name for name, reason in pipeline.lacking(steps).items() if "code" not in reason}
+    new = {name for name, reason in pipeline.lacking(steps).items() if reason != pipeline.OTHER_CODE}
     runs = [step.name for step in steps if step.config and step.name not in new]
     chosen = new | ({runs[i * len(runs) // count] for i in range(count)} if count < len(runs) else set(runs))
     return [step for step in steps if not step.config or step.name in chosen]

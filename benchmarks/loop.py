@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    return door.with_one_voice(_run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     config = door.options(arguments)
     check(config)
     if not 1 <= arguments.rounds <= 10_000:

@@ -163,6 +163,14 @@ def test_the_loop_against_the_bare_backbone(tmp_path):
     assert done.returncode == 1 and done.stderr == "benchmarks loop: --rounds must be in 1 … 10,000, got 0\n"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_says_what_all_would(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert benchmark("loop", "--rounds", "0") == 1
+    assert capsys.readouterr().err.count("\n") == 1 - rank
+
+
 # ---------------------------------------------------------------- all that a GPU is wanted for
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -55,10 +56,14 @@ def _add(parser: argparse.ArgumentParser, item: "Field[Any]") -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Rank 0 speaks for all; another rank only of what it alone knows."""
+    return with_one_voice(_run, arguments)
+
+
+def with_one_voice(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """The exit code of a rank's work. Rank 0 speaks for all; another rank only of what it alone knows."""
     check_ranks()
     try:
-        return _run(arguments)
+        return work(arguments)
     except UserError as error:
         from mvrepro.training.ranks import speaks
 

@@ -205,9 +205,11 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed left behind."""
+    """Remove what writers that were killed left behind an hour ago or more: what is younger may be another's work."""
     for path in folder.rglob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its writer has moved it into place
+            if path.stat().st_mtime < time.time() - 3600:
+                path.unlink()
 
 
 def display(path: Path) -> str:

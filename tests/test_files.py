@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,8 +232,15 @@ def test_a_killed_writer_leaves_the_old_file_and_what_sweep_removes(
             writer.send_signal(signal.SIGKILL)
     assert writer.returncode == -signal.SIGKILL
     assert held(tmp_path / "results") == before | {aside[0]: part}
+    sweep(tmp_path / "results")  # for all that it knows, somebody is still at it
+    assert held(tmp_path / "results") == before | {aside[0]: part}
+    an_hour_ago(tmp_path / "results" / aside[0])
     sweep(tmp_path / "results")
     assert held(tmp_path / "results") == before
+
+
+def an_hour_ago(path: Path) -> None:
+    os.utime(path, (time.time() - 3601,) * 2)
 
 
 def test_sweep_removes_temporaries_and_nothing_else(tmp_path: Path) -> None:
@@ -240,6 +248,7 @@ def test_sweep_removes_temporaries_and_nothing_else(tmp_path: Path) -> None:
     for name in [*kept, f"{TEMPORARY}1", f"a/{TEMPORARY}2.json", f"a/b/{TEMPORARY}3"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
+        an_hour_ago(tmp_path / name)
     sweep(tmp_path)
     assert sorted(held(tmp_path)) == sorted(kept)
     sweep(tmp_path / "nowhere")

@@ -25,4 +25,5 @@ def explain_os_error(error: OSError, doing: str) -> UserError:
     else:
         cure = f"{error.strerror or error}"
     where = f" ({error.filename})" if error.filename else ""
-    return UserError(f"could not {doing}{where}: {cure}; nothing half-written was kept")
+    kept = "; nothing half-written was kept" if doing.startswith("write") else ""
+    return UserError(f"could not {doing}{where}: {cure}{kept}")

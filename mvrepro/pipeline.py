@@ -323,7 +323,7 @@ def only_one() -> Iterator[None]:
         LOCAL.mkdir(parents=True, exist_ok=True)
         file = (LOCAL / "lock").open("a")
     except OSError as error:
-        raise explain_os_error(error, f"write {display(LOCAL)}") from None
+        raise explain_os_error(error, f"lock {display(LOCAL)}") from None
     with file:
         with contextlib.suppress(OSError):  # a file system without locks
             if not lock(file, wait=False):

@@ -316,6 +316,7 @@ def test_messages_without_a_file_name_have_no_empty_brackets() -> None:
     message = str(explain_os_error(OSError(errno.ENOSPC, "No space left on device"), "write here"))
     assert message == f"could not write here: {CURES[errno.ENOSPC]}; nothing half-written was kept"
     assert str(explain_os_error(OSError("odd"), "write")) == "could not write: odd; nothing half-written was kept"
+    assert str(explain_os_error(OSError("odd"), "remove a")) == "could not remove a: odd"
 
 
 def test_paths_are_shown_as_the_user_knows_them(tmp_path: Path) -> None:

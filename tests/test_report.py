@@ -13,10 +13,10 @@ from mvrepro.errors import UserError
 from mvrepro.pages import plots, report
 
 
-def draw(page, *, height=1.0, **options):
+def draw(page, *, height=1.0, alt="a line", **options):
     fig, axes = plots.new_figure(width=2, height=2)
     axes[0, 0].plot([0, 1], [0, height])
-    page.figure(fig, "line", {"y": [0, height]}, alt="a line", kind="exact", **options)
+    page.figure(fig, "line", {"y": [0, height]}, alt=alt, kind="exact", **options)
 
 
 @pytest.fixture
@@ -109,6 +109,8 @@ def test_validation_compares_and_writes_nothing(results, monkeypatch):
     page.record("values", {"a": 0.5 + 1e-9}, kind="exact")
     with pytest.raises(UserError, match=r"line\.json is not what this notebook computes: data\.y\[1\] is 1.0 there"):
         draw(page, height=1.1)
+    with pytest.raises(UserError, match=r"line\.json is not what this notebook computes: alt is 'a line' there"):
+        draw(page, height=1.1, alt="a curve")  # of two differences the first by name
     with pytest.raises(UserError, match=r"values\.json is not what this notebook computes: values\.a is 0.5 there"):
         page.record("values", {"a": 0.6}, kind="exact")
     with pytest.raises(UserError, match=r"other\.json is missing: `make reproduce` writes it"):

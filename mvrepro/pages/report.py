@@ -148,7 +148,7 @@ class Report:
         if not path.is_file():
             raise UserError(f"{shown(path)} is missing: `make reproduce` writes it")
         committed = read_json(path)
-        for key in record.keys() - {"sha256"}:  # pixels depend on the fonts
+        for key in sorted(record.keys() - {"sha256"}):  # pixels depend on the fonts
             if found := difference(committed.get(key), record[key], key):
                 raise UserError(f"{shown(path)} is not what this notebook computes: {found}")
 

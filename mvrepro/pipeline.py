@@ -275,12 +275,29 @@ def accept(steps: Sequence[Step]) -> None:
 
 
 def mend_lock_file() -> None:
-    """DVC writes dvc.lock in place: a kill in that moment leaves half of it. Take the committed one then."""
+    """DVC writes dvc.lock in place: a kill in that moment leaves half of it, which DVC refuses or which lacks stages.
+    Take the committed one then. It may know less of what was computed since: `accept` says it again."""
     path = ROOT / "dvc.lock"
-    with contextlib.suppress(UserError):
-        if not path.is_file() or isinstance(read_yaml(path), dict):
-            return
-    write_atomic(path, committed(path) or b"")
+    if not path.is_file() or not in_git():  # which DVC wants
+        return
+    found, before = path.read_bytes(), committed(path) or b""
+    if found == before:
+        return
+    stages_found, stages_before = _noted(found), _noted(before) or set()
+    if stages_found is None or stages_before & {stage.name for stage in stages()} - stages_found:
+        write_atomic(path, before)
+
+
+def _noted(lock: bytes) -> set[str] | None:
+    """The stages that a dvc.lock knows; None where DVC would refuse it."""
+    import yaml
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    try:
+        return set(COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(lock)).get("stages", ()))
+    except (yaml.YAMLError, Invalid):
+        return None
 
 
 class Memory:

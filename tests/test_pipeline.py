@@ -519,6 +519,37 @@ def test_a_second_command_beside_one_that_writes_is_one_message(monkeypatch):
         pipeline.stale([])
 
 
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.35, 0.5, 0.55, 0.7, 0.9])
+def test_half_a_lock_file_is_mended_wherever_it_ends(tmp_path, monkeypatch, place):
+    whole = (ROOT / "dvc.lock").read_bytes()
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    lock = tmp_path / "dvc.lock"
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    monkeypatch.setattr(pipeline, "in_git", lambda: True)
+    monkeypatch.setattr(pipeline, "committed", lambda path: whole)
+    lock.write_bytes(whole[: int(place * len(whole))])
+    pipeline.mend_lock_file()
+    assert lock.read_bytes() == whole
+
+
+def test_a_whole_lock_file_that_knows_more_or_other_things_is_left(tmp_path, monkeypatch):
+    for name in ("dvc.yaml", "params.yaml", "dvc.lock"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    lock = tmp_path / "dvc.lock"
+    noted = yaml.safe_load(lock.read_bytes())
+    before = dict(noted["stages"])
+    noted["stages"]["claims"] = before["claims"] | {"cmd": "other"}
+    changed = yaml.safe_dump(noted).encode()
+    del noted["stages"]["code"]
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    monkeypatch.setattr(pipeline, "in_git", lambda: True)
+    monkeypatch.setattr(pipeline, "committed", lambda path: yaml.safe_dump(noted).encode())
+    lock.write_bytes(changed)
+    pipeline.mend_lock_file()
+    assert lock.read_bytes() == changed
+
+
 # The environment and git
 
 

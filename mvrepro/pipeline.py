@@ -35,7 +35,7 @@ from mvrepro.determinism import set_environment
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import LOCAL, RESULTS, ROOT, TEMPORARY, display, lock, read_json, read_yaml, write_atomic, write_json
 from mvrepro.provenance import TRAINING, code_hash, code_parts, committed, config_hash, in_git
-from mvrepro.terminal import DeafContext
+from mvrepro.terminal import deaf
 from mvrepro.training.config import TrainConfig, from_settings
 
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
@@ -379,7 +379,8 @@ def compute(
                     bar.update()
                 else:
                     pool = pools[capped and (step.config is None or step.config.portable)]
-                    running[pool.submit(step.compute)] = step, step.inputs()
+                    with deaf():  # the workers, which `submit` starts: who started them ends them
+                        running[pool.submit(step.compute)] = step, step.inputs()
             finished = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             # Those that failed last: what ended in the same instant is done and stays done.
             for future in sorted(finished, key=lambda f: f.exception() is not None):
@@ -414,7 +415,7 @@ def compute(
 
 def _workers(jobs: int, capped: bool) -> ProcessPoolExecutor:
     set_environment(threads=1)
-    return ProcessPoolExecutor(jobs, DeafContext(), _begin, (capped,))
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (capped,))
 
 
 def _begin(capped: bool) -> None:

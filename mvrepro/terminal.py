@@ -4,7 +4,6 @@ closes, a stream that is not there; and Ctrl-C reaches one process, the one that
 import codecs
 import contextlib
 import io
-import multiprocessing.context
 import os
 import signal
 import subprocess
@@ -119,6 +118,9 @@ def deaf() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # it comes with the first process, and would let this one hear again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -134,19 +136,3 @@ def end(child: subprocess.Popen[Any]) -> None:
     else:
         child.kill()
     child.wait()
-
-
-class DeafProcess(multiprocessing.context.SpawnProcess):
-    def start(self) -> None:
-        if hasattr(signal, "pthread_sigmask"):
-            from multiprocessing import resource_tracker
-
-            resource_tracker.ensure_running()  # which would let this process hear again
-        with deaf():
-            super().start()
-
-
-class DeafContext(multiprocessing.context.SpawnContext):
-    """Of worker processes that don't hear Ctrl-C, from their first moment on: who started them ends them."""
-
-    Process = DeafProcess

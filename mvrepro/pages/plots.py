@@ -134,12 +134,28 @@ COURSE = {
 LOGARITHMIC = {"marked_share": 0.1, "median_p_y": 1e-9}
 
 
-def course(kinds: Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]]) -> tuple[Figure, dict[str, Any]]:
-    """How runs learned, epoch by epoch: loss, training top-1, marked share and p_y, a panel each, a line each of kinds:
-    label -> (rows of runs.curves(), look). Returns the figure and what is drawn."""
-    fig, axes = new_figure(2, 2, height=4.6)
+Kinds = Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]]  # label -> (rows of runs.curves(), look)
+
+
+def course(kinds: Kinds) -> tuple[Figure, dict[str, Any]]:
+    """How runs learned, epoch by epoch: loss, training top-1, marked share and p_y, a panel each, a line each of kinds.
+    Returns the figure and what is drawn."""
+    return _by_epoch(kinds, COURSE, *new_figure(2, 2, height=4.6))
+
+
+def stacked(kinds: Kinds, columns: Mapping[str, str]) -> tuple[Figure, dict[str, Any]]:
+    """`course` of other columns of runs.curves() (column -> label), one panel below the other, so that they can be read
+    on a telephone."""
+    fig, axes = new_figure(len(columns), 1, width=4.6, height=1.7 * len(columns) + 0.6)
+    drawn = _by_epoch(kinds, columns, fig, axes)
+    for ax in axes[:-1, 0]:
+        ax.set_xlabel("")
+    return drawn
+
+
+def _by_epoch(kinds: Kinds, columns: Mapping[str, str], fig: Figure, axes: Any) -> tuple[Figure, dict[str, Any]]:
     data = {}
-    for ax, (column, label) in zip(axes.flat, COURSE.items(), strict=True):
+    for ax, (column, label) in zip(axes.flat, columns.items(), strict=True):
         scale = 100 if label.endswith("(%)") else 1
         for name, (rows, style) in kinds.items():
             every = {"markevery": 1, **style} if rows["epoch"].nunique() < 10 else style
@@ -149,7 +165,7 @@ def course(kinds: Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]]) -> tuple
         if column in LOGARITHMIC and max(ends) > 10 * min(ends):
             ax.set_yscale("symlog", linthresh=LOGARITHMIC[column])
             ax.set_ylim(bottom=0)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * axes.shape[1])
     return fig, data
 
 
@@ -172,19 +188,3 @@ def picture(figure: Figure, form: str) -> bytes:
     file, undated = io.BytesIO(), {"png": ["Software"], "pdf": ["CreationDate", "Creator", "Producer"]}
     figure.savefig(file, format=form, dpi=DPI, metadata=dict.fromkeys(undated[form]))
     return file.getvalue()
-
-
-def stacked(
-    kinds: Mapping[str, tuple[pd.DataFrame, Mapping[str, Any]]], columns: Mapping[str, str], *, log: Sequence[str] = ()
-) -> tuple[Figure, dict[str, Any]]:
-    """Columns of runs.curves() (column -> label) by epoch, a panel each, one below the other, so that they can be read
-    on a telephone; a line each of kinds: label -> (rows, look). log: columns with a logarithmic axis. Returns the
-    figure and what is drawn."""
-    fig, axes = new_figure(len(columns), 1, width=4.6, height=1.7 * len(columns) + 0.6)
-    data = {}
-    for ax, (column, label) in zip(axes[:, 0], columns.items(), strict=True):
-        for name, (rows, style) in kinds.items():
-            data[f"{name}: {column}"] = curve(ax, rows, column, name, style)
-        ax.set(ylabel=label, xlabel="epoch" if ax is axes[-1, 0] else "", yscale="log" if column in log else "linear")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return fig, data

@@ -26,13 +26,14 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
         raise ValueError(f"values must be finite numbers (n,), one at least, got shape {x.shape}")
     if len(x) < 2:
         return Estimate(float(x.mean()), float("nan"), float("nan"), len(x))
-    error = float(stats.sem(x))
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1)) * error
-    mean = float(x.mean())
-    p = float(mean <= 0)  # where all values are equal
-    if error > 0:
-        p = float(stats.t.sf(mean / error, len(x) - 1))
-    return Estimate(mean, mean - half, mean + half, len(x), p)
+    return _student(float(x.mean()), float(stats.sem(x)), len(x) - 1, len(x), confidence)
+
+
+def _student(mean: float, error: float, freedom: int, n: int, confidence: float) -> Estimate:
+    """A mean whose standard error has so many degrees of freedom; of an error of 0, p says where the mean lies."""
+    half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * error
+    p = float(stats.t.sf(mean / error, freedom)) if error > 0 else float(mean <= 0)
+    return Estimate(mean, mean - half, mean + half, n, p if freedom else float("nan"))
 
 
 def paired_difference(better: ArrayLike, worse: ArrayLike, confidence: float = 0.95) -> Estimate:
@@ -76,9 +77,7 @@ class TwoWay:
         contrast[a], contrast[b] = 1, -1
         mean, n = round(float(contrast @ self.effects), 12) + 0.0, int(min(self.runs[a], self.runs[b]))
         error = self.spread * float(np.sqrt(contrast @ self.inverse @ contrast))
-        half = float(stats.t.ppf(0.5 + confidence / 2, self.freedom)) * error
-        p = float(stats.t.sf(mean / error, self.freedom)) if error > 0 else float(mean <= 0)
-        return Estimate(mean, mean - half, mean + half, n, p if self.freedom else float("nan"))
+        return _student(mean, error, self.freedom, n, confidence)
 
     def detectable(self, runs: int, power: float = 0.8, level: float = 0.05) -> float:
         """The true difference that a one-sided test on so many seeds of each treatment sees with this power."""
@@ -124,13 +123,9 @@ def bootstrap_people(
 
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment (1979) of p-values for their number; order kept."""
-    order = np.argsort(ps, kind="stable")
-    adjusted = np.empty(len(ps))
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
-        adjusted[i] = largest
-    return [float(p) for p in adjusted]
+    order, adjusted = np.argsort(ps, kind="stable"), np.empty(len(ps))
+    adjusted[order] = np.maximum.accumulate(np.fmin(1.0, np.arange(len(ps), 0, -1) * np.asarray(ps)[order]))
+    return adjusted.tolist()
 
 
 def detectable_difference(differences: ArrayLike, power: float = 0.8, level: float = 0.05) -> float:

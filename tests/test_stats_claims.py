@@ -321,6 +321,17 @@ def test_the_table_has_plain_runs_unless_it_is_asked_for_others(add, tmp_path):
         runs.table("made-up", tmp_path, kind="nothing")
 
 
+def test_the_runs_of_a_side_are_its_default_ones(add, tmp_path):
+    add("MV-AM-Softmax-f", [0.1, 0.2])
+    add("MV-AM-Softmax-f", [0.3], t=0.5)
+    add("MV-AM-Softmax-f", [0.4], variant="late")
+    add("Softmax", [0.5])
+    table, curves = runs.table("made-up", tmp_path, kind=None), runs.curves("made-up", tmp_path, kind=None)
+    assert list(runs.of(table, "MV-AM-Softmax-f")[METRIC]) == [0.1, 0.2]
+    assert list(runs.of(table, "MV-AM-Softmax-f", "late")[METRIC]) == [0.4]
+    assert len(runs.of(curves, "Softmax")) == 2 and not len(runs.of(table, "AM-Softmax"))
+
+
 def test_two_runs_of_the_same_are_an_error(add, tmp_path):
     add("Softmax", [0.5])
     add("Softmax", [0.6])

@@ -102,18 +102,17 @@ def evaluate(profile: str, notebook: str | None = None, folder: Path = RESULTS) 
     try:
         frame = runs.table(profile, folder, kind=None)
     except runs.NoRuns:
-        frame = pd.DataFrame(columns=runs.COLUMNS)
+        frame = pd.DataFrame(columns=runs.COLUMNS).astype({"default": bool})
     families: dict[str, dict[str, Estimate]] = defaultdict(dict)
     for claim in claims:
         counts = claim["rule"] == "greater" and profile in claim.get("profiles", [profile])
         if counts and (estimate := difference(frame, column, **claim)):
             families[claim["family"]][claim["id"]] = estimate
-    adjusted = {
-        id_: p
+    estimates = {
+        id_: (e, p)
         for family in families.values()
-        for id_, p in zip(family, holm([e.p for e in family.values()]), strict=True)
+        for (id_, e), p in zip(family.items(), holm([e.p for e in family.values()]), strict=True)
     }
-    estimates = {id_: (e, adjusted[id_]) for family in families.values() for id_, e in family.items()}
     found = _Found(profile, column, frame, estimates, folder)
     return [_verdict(claim, found) for claim in claims if notebook in (None, claim["notebook"])]
 
@@ -170,7 +169,7 @@ def pooled(frame: pd.DataFrame, column: str, *, after: bool = False) -> TwoWay |
     loss under one name; None where there is none. after: those that began with another run's network, which are
     closer to each other than runs from scratch, instead of these."""
     gate = read_toml(CLAIMS)["gate"]
-    known = frame[frame["default"].astype(bool) & frame[column].notna()]
+    known = frame[frame["default"] & frame[column].notna()]
     known = known[known["variant"].str.startswith(AFTER) == after]
     twins = [name for name, row in LOSSES.items() if name.startswith("SV-") and list(LOSSES.values()).count(row) > 1]
     known = known[~known["loss"].isin(twins)]  # the runs of MV-AM-a over again, which would halve its noise
@@ -255,8 +254,7 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             words = f"gains of {gains} points, least adjusted p = {p:.2g}"
             return QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED, words, numbers
         case "runaway":
-            kind = (found.frame["loss"] == claim["loss"]) & (found.frame["variant"] == "") & found.frame["default"]
-            cosines = found.frame[kind.astype(bool)]["other_cosine"].dropna()
+            cosines = runs.of(found.frame, claim["loss"])["other_cosine"].dropna()
             if not len(cosines):
                 return None
             away = int((cosines < claim["bound"]).sum())

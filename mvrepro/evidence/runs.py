@@ -82,6 +82,11 @@ def features(profile: str, folder: Path = RESULTS) -> list[tuple[dict[str, Any],
     return sorted(found, key=lambda each: list(LOSSES).index(each[0]["config"]["loss"]))
 
 
+def of(frame: pd.DataFrame, loss: str, variant: str = "") -> pd.DataFrame:
+    """The default runs of a loss, in this variant, out of a table or curves."""
+    return frame[(frame["loss"] == loss) & (frame["variant"] == variant) & frame["default"]]
+
+
 def by_seed(frame: pd.DataFrame, metric: str, loss: str, t: float | None = None) -> pd.Series:
     """The metric of one loss indexed by seed; t None: its default run.
     Raises UserError where a seed has two such runs, since nothing says which of them counts, and where one

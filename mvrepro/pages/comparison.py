@@ -80,7 +80,7 @@ MV_AFTER = pairs([(f"MV-AM-Softmax-{form}", "AM-Softmax") for form in "fa"], AFT
 
 def here(frame: pd.DataFrame, chosen: Sequence[Side] | None = None) -> list[Side]:
     """Those of the chosen sides that have runs, in the same order; None: all that have, plain ones first."""
-    default = frame[frame["default"].astype(bool)]
+    default = frame[frame["default"]]
     there = set(zip(default["loss"], default["variant"], strict=True))
     if chosen is None:
         chosen = [(loss, variant) for variant in sorted({variant for _, variant in there}) for loss in LOSSES]
@@ -89,7 +89,7 @@ def here(frame: pd.DataFrame, chosen: Sequence[Side] | None = None) -> list[Side
 
 def known(frame: pd.DataFrame, chosen: Sequence[Pair]) -> list[Pair]:
     """Those of the pairs whose sides share two seeds at least."""
-    seeds = {side: set(_runs(frame, side)["seed"]) for pair in chosen for side in pair}
+    seeds = {side: set(runs.of(frame, *side)["seed"]) for pair in chosen for side in pair}
     return [pair for pair in chosen if len(seeds[pair.better] & seeds[pair.worse]) >= 2]
 
 
@@ -98,7 +98,7 @@ def waiting(frame: pd.DataFrame, chosen: Sequence[Pair], *, listed: bool = True)
     "" where all are known."""
     there = known(frame, chosen)
     missing = [pair for pair in chosen if pair not in there]
-    few = dict.fromkeys(short(*side) for pair in missing for side in pair if len(_runs(frame, side)) < 2)
+    few = dict.fromkeys(short(*side) for pair in missing for side in pair if len(runs.of(frame, *side)) < 2)
     names = f": {', '.join(pair.name for pair in missing)}" if listed else ""
     line = f"{len(missing)} of {len(chosen)} comparisons wait for runs of {', '.join(few) or 'the same seeds'}{names}."
     return line if missing else ""
@@ -174,14 +174,11 @@ def gaps(evidence: Mapping[Side, Mapping[int, Mapping[str, Any]]], pair: Pair, k
 def people(profile: str, found: pd.DataFrame, metric: str, draws: int = 2000) -> pd.DataFrame:
     """The rows of `differences` of a metric OF_PEOPLE where people and seeds are drawn anew (stats.bootstrap_people);
     NaN where the runs don't keep what it is for each person."""
-    evidence, estimates = kept(profile, "rank1"), []
+    evidence, estimates, unknown = kept(profile, "rank1"), [], Estimate(np.nan, np.nan, np.nan, 0)
     for row in found.itertuples():
         apart = 100 * gaps(evidence, Pair(row.better, row.worse), OF_PEOPLE[metric])
-        e = Estimate(np.nan, np.nan, np.nan, 0)
-        if len(apart):
-            everyone = np.arange(apart.shape[1])
-            e = bootstrap_people(apart, everyone, everyone, draws=draws)
-        estimates.append(e)
+        everyone = np.arange(apart.shape[-1])
+        estimates.append(bootstrap_people(apart, everyone, everyone, draws=draws) if len(apart) else unknown)
     return redrawn(found, "people and seeds", estimates)
 
 
@@ -229,7 +226,7 @@ def scores(frame: pd.DataFrame, chosen: Sequence[Side], columns: Mapping[str, st
     -> heading)."""
     rows = []
     for side in here(frame, chosen):
-        part = _runs(frame, side)
+        part = runs.of(frame, *side)
         rows.append([short(*side), len(part), *(interval(100 * part[name], digits) for name in columns)])
     return pd.DataFrame(rows, columns=["Loss", "Seeds", *columns.values()])
 
@@ -295,10 +292,6 @@ def weight(found: pd.DataFrame, what: str) -> str:
     counts = [f"{kinds[AHEAD]} ahead", f"{kinds[BEHIND]} behind"]
     counts += [f"{kinds[each]} {words}" for each, words in COUNTED.items() if kinds[each]]
     return f"Of {kinds.total()} comparisons of {what}: {', '.join(counts)}."
-
-
-def _runs(frame: pd.DataFrame, side: Side) -> pd.DataFrame:
-    return frame[(frame["loss"] == side[0]) & (frame["variant"] == side[1]) & frame["default"].astype(bool)]
 
 
 def _reading(e: Estimate, matters: float) -> str:

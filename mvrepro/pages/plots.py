@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from mvrepro.evidence import runs
 from mvrepro.evidence.stats import mean_interval
 from mvrepro.losses import LOSSES
 
@@ -103,8 +104,7 @@ def metric_by_loss(ax: Axes, frame: pd.DataFrame, sides: Sequence[Side], metric:
     """
     rows = []
     for loss, variant in sides:
-        chosen = (frame["loss"] == loss) & (frame["variant"] == variant) & frame["default"].astype(bool)
-        values = 100 * frame.loc[chosen, metric]
+        values = 100 * runs.of(frame, loss, variant)[metric]
         e = mean_interval(values)
         rows.append({"name": short(loss, variant), "mean": e.mean, "low": e.low, "high": e.high, "seeds": list(values)})
     drawn = pd.DataFrame(rows, columns=["name", "mean", "low", "high", "seeds"])

@@ -101,8 +101,7 @@ class Report:
         Sides without runs are left out; a line of text where none has any. looks: one a side; None: the loss's."""
         curves, kinds = runs.curves(self.profile, kind=None), {}
         for (loss, variant), style in zip(sides, looks or [plots.look(loss) for loss, _ in sides], strict=True):
-            rows = curves[(curves["loss"] == loss) & (curves["variant"] == variant) & curves["default"]]
-            if len(rows):
+            if len(rows := runs.of(curves, loss, variant)):
                 kinds[plots.short(loss, variant)] = rows, style
         if not kinds:
             print(f"All curves of this figure wait for runs of {', '.join(plots.short(*side) for side in sides)}.")
@@ -114,8 +113,8 @@ class Report:
     def learned(self, frame: pd.DataFrame) -> None:
         """The gate of claims.toml as a table: what runs.table() says of the networks in the end, a row a loss and
         variant, as means over seeds."""
-        means = frame[frame["default"].astype(bool)].groupby(["loss", "variant"], sort=False)[runs.LEARNED].mean()
-        seeds = frame[frame["default"].astype(bool)].groupby(["loss", "variant"], sort=False)["seed"].nunique()
+        groups = frame[frame["default"]].groupby(["loss", "variant"], sort=False)
+        means, seeds = groups[runs.LEARNED].mean(), groups["seed"].nunique()
         rows = []
         for (loss, variant), row in means.iterrows():
             cells = [percent(row["top1"]), percent(row["marked_share"], 2), f"{row['median_p_y']:.2g}"]

@@ -88,16 +88,12 @@ def check_writable(path: Path) -> None:
         raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}")
 
 
-def check_file(path: Path) -> None:
-    """check_writable, for a place where a file goes: a folder of that name would be in its way."""
+def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """check_writable, for a place where a file goes: a folder of that name would be in its way. It must be none of
+    the inputs either."""
     if path.is_dir():
         raise UserError(f"could not write {display(path)}: it is a folder; name a file")
     check_writable(path)
-
-
-def check_output(path: Path, inputs: Iterable[Path]) -> None:
-    """check_file, for what must be none of the files that are read, either."""
-    check_file(path)
     if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
         raise UserError(f"{display(path)} is read, and would be written over: name another file")
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mvrepro import files
 from mvrepro.errors import LONGEST, UserError, explain_os_error, first_words
-from mvrepro.files import ROOT, TEMPORARY, check_output, display, lock, read_json, sweep, sync, write_atomic, write_json
+from mvrepro.files import ROOT, TEMPORARY, check_file, display, lock, read_json, sweep, sync, write_atomic, write_json
 from mvrepro.images import storage
 
 OLD, NEW = b"the old content", b"something new " * 1000
@@ -343,9 +343,9 @@ def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
     inputs = [tmp_path / "missing", tmp_path / "list.txt"]
     for out in ("list.txt", "link", "../" + tmp_path.name + "/list.txt"):
         with pytest.raises(UserError, match="is read, and would be written over: name another file"):
-            check_output(tmp_path / out, inputs)
-    check_output(tmp_path / "other.txt", inputs)
-    check_output(tmp_path / "list.txt", [tmp_path / "missing"])
+            check_file(tmp_path / out, inputs)
+    check_file(tmp_path / "other.txt", inputs)
+    check_file(tmp_path / "list.txt", [tmp_path / "missing"])
 
 
 # Locks, with what Unix has and with what Windows has

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mvrepro import images, protocols
 from mvrepro.errors import UserError
-from mvrepro.files import check_output, read_column, write_atomic
+from mvrepro.files import check_file, read_column, write_atomic
 from mvrepro.images import align, fetch, photographs
 from mvrepro.images.storage import check_apart
 
@@ -169,7 +169,7 @@ def _overlap(arguments: argparse.Namespace) -> int:
         raise UserError(f"--threshold must be a cosine, in -1 … 1, got {threshold:g}")
     if arguments.out:
         for out in (arguments.out, _cosines(arguments.out)):
-            check_output(out, (arguments.names, arguments.others))
+            check_file(out, (arguments.names, arguments.others))
     names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
     alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)

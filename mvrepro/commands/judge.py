@@ -10,7 +10,7 @@ import numpy as np
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.files import check_output, read_column, write_json
+from mvrepro.files import check_file, read_column, write_json
 from mvrepro.images import photographs, read_bin
 from mvrepro.images.photographs import plain_name
 from mvrepro.protocols.folds import CONVENTIONS
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if foreign := [name for name in given if name not in needs + takes]:
         raise UserError(f"the protocol {arguments.protocol} knows nothing of {_options(foreign, ', ')}")
     if arguments.out:
-        check_output(arguments.out, (value for name in given if isinstance(value := getattr(arguments, name), Path)))
+        check_file(arguments.out, (value for name in given if isinstance(value := getattr(arguments, name), Path)))
     inputs: dict[str, Any] = {}
     for name in given:
         value = getattr(arguments, name)

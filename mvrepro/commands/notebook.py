@@ -12,16 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: python -m mvrepro notebook 04 --profile quick"
     parser.add_argument("name", help="the notebook's number or file name")
     parser.add_argument("--profile", default="quick", help="whose runs it reads (default: quick)")
-    parser.add_argument(
-        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="for executed/, and for figures/ as data, PNG and PDF (default: scratch where a parameter is set; else "
-        "results, which holds the data alone)",
-    )
+    add, pair = parser.add_argument, ("NAME", "VALUE")
+    add("-p", "--parameter", nargs=2, action="append", default=[], metavar=pair, help="set a parameter")
+    text = "for executed/, and for figures/ as data, PNG and PDF (default: scratch where a parameter is set; else "
+    text += "results, which holds the data alone)"
+    add("--out", type=Path, metavar="FOLDER", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -21,18 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="compute again what was already computed here")
     parser.add_argument("--jobs", type=int, help="steps side by side (default: one a core, 4 at most)")
     some = parser.add_mutually_exclusive_group()
-    some.add_argument(
-        "--pages",
-        action="store_true",
-        help="execute the notebooks on the committed runs and train nothing, which takes no photographs either",
-    )
-    some.add_argument(
-        "--sample",
-        type=int,
-        metavar="N",
-        help="train only the runs without a record and N of the others, spread over the profile; if they give the "
-        "committed bits, the code still gives the committed results, and the records of the others say so (taken)",
-    )
+    text = "execute the notebooks on the committed runs and train nothing, which takes no photographs either"
+    some.add_argument("--pages", action="store_true", help=text)
+    text = "train only the runs without a record and N of the others, spread over the profile; if they give the "
+    text += "committed bits, the code still gives the committed results, and the records of the others say so (taken)"
+    some.add_argument("--sample", type=int, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -25,13 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only run I, I + N, I + 2 N, … (from 1)")
     parser.add_argument("--force", action="store_true", help="also those whose record is current")
     parser.add_argument("--jobs", type=int, help="runs side by side (default: one a core, 4 at most)")
-    parser.add_argument(
-        "--tolerance",
-        type=int,
-        metavar="N",
-        help="instead, train N of the current runs again with two threads and any instruction set, keep nothing, and "
-        "print how far each metric moves with the last bits, as the line that params.yaml has for it",
-    )
+    text = "instead, train N of the current runs again with two threads and any instruction set, keep nothing, and "
+    text += "print how far each metric moves with the last bits, as the line that params.yaml has for it"
+    parser.add_argument("--tolerance", type=int, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("raw", type=Path, help="folder of photos, in any depth")
     sub.add_argument("out", type=Path, help="gets images/… as the photos lie, landmarks.tsv and photos.tsv")
     text = "the face of several: nearest the centre (LFW, CFP; default) or the largest (CelebA)"
-    sub.add_argument("--pick", choices=["centre", "largest"], default="centre", help=text)
+    sub.add_argument("--pick", choices=align.PICKS, default="centre", help=text)
     text = "how many photos that can't be read may be passed over (default: 100); passed_over.txt lists them"
     sub.add_argument("--bad-limit", type=int, default=100, metavar="N", help=text)
 
@@ -167,9 +167,9 @@ def _overlap(arguments: argparse.Namespace) -> int:
         raise UserError("--by and --threshold go with --embeddings: names alone know no network")
     if not -1 <= threshold <= 1:
         raise UserError(f"--threshold must be a cosine, in -1 … 1, got {threshold:g}")
-    if arguments.out:
-        for out in (arguments.out, _cosines(arguments.out)):
-            check_file(out, (arguments.names, arguments.others))
+    outs = [out, out.with_name(f"{out.name}.tsv")] if (out := arguments.out) else []  # the names, their cosines
+    for each in outs:
+        check_file(each, (arguments.names, arguments.others))
     names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
     alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)
@@ -180,22 +180,18 @@ def _overlap(arguments: argparse.Namespace) -> int:
         print(_evidence(alike, shared, chance))
         print(f"the network finds {len(seen):,} from {threshold:g} on, {len(seen & shared):,} of them by "
               f"name, too; {len(seen | shared):,} are found by either")  # fmt: skip
-        if arguments.out:
+        if outs:
             lines = [f"{name}\t{cosine:.4f}\t{whom}\t{name in shared}" for name, (cosine, _, whom) in alike.items()]
             text = "\n".join(["person\tcosine\twith\tby_name", *lines])
-            write_atomic(_cosines(arguments.out), f"{text}\n")
+            write_atomic(outs[1], f"{text}\n")
         shared = {"name": shared, "network": seen, "both": shared | seen}[by]
     listed = [name for name in names if name in shared]
-    if arguments.out:
-        write_atomic(arguments.out, "".join(f"{name}\n" for name in listed))
-        print(f"wrote {arguments.out}")
+    if outs:
+        write_atomic(outs[0], "".join(f"{name}\n" for name in listed))
+        print(f"wrote {outs[0]}")
     else:
         print("\n".join(listed))
     return 0
-
-
-def _cosines(out: Path) -> Path:
-    return out.with_name(f"{out.name}.tsv")
 
 
 def _alike(

@@ -217,7 +217,7 @@ def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype
             step = Step(case, *shape, device, dtype, weight=products.W)
             step()  # compiles, and touches all memory
         except RuntimeError as error:
-            failed[case] = str(error).strip().splitlines()[0]
+            failed[case] = first_words(error)
             continue
         step.clear()
         steps[case] = step

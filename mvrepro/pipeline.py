@@ -142,7 +142,8 @@ def with_bases(todo: Sequence[Step], steps: Sequence[Step]) -> list[Step]:
         if step.base:
             have, manifest = None, network_of(step.base) / "manifest.json"
             with contextlib.suppress(OSError, ValueError, KeyError):
-                have = (read_json(manifest)["made_by"]["config_hash"], read_json(manifest)["made_by"]["code"])
+                made_by = read_json(manifest)["made_by"]
+                have = made_by["config_hash"], made_by["code"]
             if have != (config_hash(step.base.decisive()), code_hash()):
                 wanted |= {base.name for base in steps if base.config == step.base}
     return [step for step in steps if step.name in wanted]

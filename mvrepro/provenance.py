@@ -128,7 +128,6 @@ def provenance(started: float, device: str, threads: int) -> dict[str, Any]:
 
     on_gpu = device.startswith("cuda")
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    resident = _peak_resident()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": version("numpy")}
     if on_gpu:
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
@@ -143,16 +142,16 @@ def provenance(started: float, device: str, threads: int) -> dict[str, Any]:
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "versions": versions,
         "wall_s": round(time.perf_counter() - started, 2),
-        "peak_resident_mib": None if resident is None else round(resident / 2**20),
+        "peak_resident_mib": _peak_resident(),
         "peak_gpu_mib": None if peak is None else round(peak / 2**20),
     }
 
 
 def _peak_resident() -> int | None:
-    """Bytes of this process; None on Windows, where Python doesn't tell."""
+    """MiB of this process; None on Windows, where Python doesn't tell."""
     try:
         import resource
     except ImportError:
         return None
     # ru_maxrss counts KiB on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10))

@@ -27,7 +27,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -230,6 +230,7 @@ def loop(job: Job) -> None:
     photographs, then with the backbone compiled."""
     from benchmarks import loop as bench
     from mvrepro.training.config import TrainConfig
+    from mvrepro.training.loop import prepare
     from mvrepro.training.ranks import joined
 
     settings: dict[str, Any] = {
@@ -256,8 +257,8 @@ def loop(job: Job) -> None:
                 break
             try:
                 config = TrainConfig(**settings | changes())
-                with joined(config) as ranks:
-                    found = bench.measure(config, ranks, 5, job.left() / (len(variants) - place) / 2)
+                with joined(config) as ranks, closing(prepare(config, ranks)) as session:
+                    found = bench.measure(session, 5, job.left() / (len(variants) - place) / 2)
                 record["measured"][name] = found
             except (UserError, RuntimeError) as error:
                 record["error"] = f"{name}: {error}"
@@ -502,6 +503,9 @@ def _task(path: Path, image_size: int, fprs: tuple[float, ...]) -> Any:
 
 def table(path: Path) -> str:
     """The record of a part, for people."""
+    from benchmarks import head as bench
+    from benchmarks.loop import sentence
+
     try:
         record = read_json(path)
     except (OSError, ValueError):
@@ -521,9 +525,9 @@ def table(path: Path) -> str:
             ratios = ", ".join(f"{mib} MiB {ratio:.2f}" for mib, ratio in entry["chunk_mib"].items())
             lines.append(f"\n  {entry['dtype']}, K {entry['K']:,}, × products by the size of a chunk: {ratios}")
         elif "cases" in entry:
-            lines.append(f"\n{entry['dtype']}:{bench_table(entry)}")
+            lines.append(f"\n{entry['dtype']}:{bench.table(entry)}")
     for name, found in record.get("measured", {}).items():
-        lines.append(f"  {name}: {loop_sentence(found)}")
+        lines.append(f"  {name}: {sentence(found)}")
     for found in record.get("runs", ()):
         config, metrics = found["config"], found["metrics"]
         chosen = ", ".join(f"{k} {100 * metrics[k]:.1f}" for k in ("lfw_accuracy", "rank1") if k in metrics)
@@ -531,18 +535,6 @@ def table(path: Path) -> str:
         top1 = found["learned"]["top1"]
         lines.append(f"  {about}, seed {config['seed']}: {chosen} %; learned: top-1 {100 * top1:.0f} %")
     return "\n".join(lines)
-
-
-def bench_table(entry: dict[str, Any]) -> str:
-    from benchmarks.head import table
-
-    return table(entry)
-
-
-def loop_sentence(record: dict[str, Any]) -> str:
-    from benchmarks.loop import sentence
-
-    return sentence(record)
 
 
 def _provenance(job: Job) -> dict[str, Any]:

@@ -311,33 +311,24 @@ def apart(function: str, *arguments: Any, threads: int) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(
-    shapes: list[tuple[int, int, int]],
-    cases: list[str],
-    *,
-    device: str,
-    dtype: str,
-    threads: int,
-    budget: float,
-    with_memory: bool,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """One entry a shape: B, K, D, products_ms, rounds, cases and what was skipped, for want of memory.
+def measure(shapes: list[tuple[int, int, int]], cases: list[str], how: argparse.Namespace) -> list[dict[str, Any]]:
+    """One entry a shape: B, K, D, products_ms, rounds, cases and what was skipped, for want of memory. how: options.
 
     Raises UserError, before anything is measured, for a shape of which not even the products fit.
     """
     found = []
-    itemsize = precision(dtype).itemsize
-    room = {shape: _room(shape, device, itemsize) for shape in shapes}
+    itemsize = precision(how.dtype).itemsize
+    room = {shape: _room(shape, how.device, itemsize) for shape in shapes}
     for shape, free in room.items():
         B, K, D = shape
         skipped = [case for case in cases if need(case, *shape, itemsize) > free]
         chosen = [case for case in cases if case not in skipped]
-        say(f"B {B}, K {K:,}, D {D}" + (f" (too little memory for {', '.join(skipped)})" if skipped else ""))
+        few = f" (too little memory for {', '.join(skipped)})" if skipped else ""
+        print(f"B {B}, K {K:,}, D {D}{few}", flush=True)
         entry: dict[str, Any] = {"B": B, "K": K, "D": D, "skipped": skipped}
-        entry |= apart("time_shape", chosen, shape, device, dtype, budget, threads=threads)
-        for case in entry["cases"] if with_memory else ():
-            entry["cases"][case] |= apart("memory", case, shape, device, dtype, threads=threads)
+        entry |= apart("time_shape", chosen, shape, how.device, how.dtype, how.seconds, threads=how.threads)
+        for case in () if how.no_memory else entry["cases"]:
+            entry["cases"][case] |= apart("memory", case, shape, how.device, how.dtype, threads=how.threads)
         found.append(entry)
     return found
 
@@ -385,16 +376,7 @@ def run(arguments: argparse.Namespace) -> int:
     for case, why in absent.items():
         print(f"{case} is left out: {why}")
     shapes = [(B, K, arguments.dim) for B in arguments.batch or () for K in arguments.classes or ()] or SHAPES
-    measured = measure(
-        shapes,
-        cases,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        threads=arguments.threads,
-        budget=arguments.seconds,
-        with_memory=not arguments.no_memory,
-        say=lambda text: print(text, flush=True),
-    )
+    measured = measure(shapes, cases, arguments)
     record = {"kind": "measured", "loss": LOSS, "dtype": arguments.dtype, "left_out": absent, "shapes": measured}
     write_json(out, rounded(record) | {"provenance": provenance(started, arguments.device, arguments.threads)})
     for entry in measured:

@@ -12,7 +12,7 @@ from typing import Any
 from mvrepro.commands import train as door
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, check_file, display, write_json
-from mvrepro.training.config import TrainConfig, check, rate
+from mvrepro.training.config import check, rate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,22 +37,22 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--rounds must be in 1 … 10,000, got {arguments.rounds}")
     check_file(arguments.out.absolute())
     door.set_environment(config)
-    from mvrepro.training.loop import check_used
+    from mvrepro.training.loop import check_used, prepare
     from mvrepro.training.ranks import joined
 
     check_used(config, door.given(arguments))
-    with joined(config) as ranks:
-        record = measure(config, ranks, arguments.rounds)
+    with joined(config) as ranks, closing(prepare(config, ranks)) as session:
+        record = measure(session, arguments.rounds)
         if ranks.rank == 0:
             write_json(arguments.out.absolute(), record)
             print(f"{sentence(record)}\nwrote {display(arguments.out.absolute())}")
     return 0
 
 
-def measure(config: TrainConfig, ranks: Any, rounds: int, budget: float = math.inf) -> dict[str, Any]:
+def measure(session: Any, rounds: int, budget: float = math.inf) -> dict[str, Any]:
     """Rounds of the whole loop and of the bare passes, one after the other in this process.
 
-    loop  config's own step: data, forward, head, backward, clipping, SGD
+    loop  the session's own step: data, forward, head, backward, clipping, SGD
     bare  forward and backward of the same backbone on one batch that lies on the device already: no head, no
           gradient exchanged between ranks, no step of SGD
     A round is long enough that batches read during the bare passes don't hide what reading costs. ratio: the median
@@ -60,13 +60,6 @@ def measure(config: TrainConfig, ranks: Any, rounds: int, budget: float = math.i
     seconds no further round begins, though one counts. other_cores: how many the other processes of this machine kept
     busy, those that read images and other ranks among them.
     """
-    from mvrepro.training.loop import prepare
-
-    with closing(prepare(config, ranks)) as session:
-        return _measure(session, rounds, budget)
-
-
-def _measure(session: Any, rounds: int, budget: float) -> dict[str, Any]:
     import torch
 
     from benchmarks.head import busy_seconds, others, seconds

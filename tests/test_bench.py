@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -68,16 +69,15 @@ def test_naive_is_the_loss_it_stands_for():
     torch.testing.assert_close(naive(x, y), dense(x, y))
 
 
-def test_what_does_not_fit_is_skipped(monkeypatch):
+def test_what_does_not_fit_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(bench, "free_memory", lambda device: 2500)  # the products take 1232, the dense head 2464 more
     monkeypatch.setattr(bench, "apart", lambda function, cases, *rest, threads: {"cases": {c: {} for c in cases}})
-    said = []
-    how = {"device": "cpu", "dtype": "float32", "threads": 1, "budget": 0.0, "with_memory": False, "say": said.append}
-    (entry,) = bench.measure([(4, 11, 8)], ["dense"], **how)
+    how = Namespace(device="cpu", dtype="float32", threads=1, seconds=0.0, no_memory=True)
+    (entry,) = bench.measure([(4, 11, 8)], ["dense"], how)
     assert entry["skipped"] == ["dense"] and entry["cases"] == {}
-    assert said == ["B 4, K 11, D 8 (too little memory for dense)"]
+    assert capsys.readouterr().out == "B 4, K 11, D 8 (too little memory for dense)\n"
     monkeypatch.setattr(bench, "free_memory", lambda device: 0)  # nothing says what is free
-    (entry,) = bench.measure([(4, 11, 8)], ["dense"], **how)
+    (entry,) = bench.measure([(4, 11, 8)], ["dense"], how)
     assert entry["skipped"] == [] and entry["cases"] == {"dense": {}}
 
 

@@ -492,9 +492,10 @@ def test_runaway(add, judge, cosines, verdict):
 def test_greater_needs_seeds_that_both_losses_have(add, judge):
     add("Softmax", [0.5, 0.6])
     add("AM-Softmax", [0.6, 0.8, 0.79])
-    found = judge(greater(), greater("two", min_seeds=2), greater("why", why="no time"))
+    elsewhere = greater("elsewhere", profiles=["other"], why="no time")
+    found = judge(greater(), greater("two", min_seeds=2), elsewhere)
     assert [v.verdict for v in found.values()] == [claims.NOT_TESTED, claims.UNDECIDED, claims.NOT_TESTED]
-    assert found["why"].found == "no time"
+    assert (found["g"].found, found["elsewhere"].found) == ("fewer than 3 seeds so far", "no time")
     assert found["g"].numbers == {}
 
 

@@ -202,7 +202,7 @@ def _verdict(claim: dict[str, Any], found: _Found) -> Verdict:
     why = claim.get("why", f"judged on {judged_on[0]}")
     if here and rule != "untested":
         why = "not computed yet" if rule == "bound" else "the profile has no such runs"
-        if rule == "greater" and difference(found.frame, found.column, **claim, min_seeds=1):
+        if rule == "greater" and difference(found.frame, found.column, **claim | {"min_seeds": 1}):
             why = f"fewer than {FEWEST} seeds so far"
     if verdict != NOT_TESTED and rule != "bound" and (reason := unlearned(claim, found.frame)):
         verdict, words = NOT_TESTABLE, f"{reason}; {words}"

@@ -68,6 +68,11 @@ def faces(**changes: Any) -> TrainConfig:
     return toy(**settings | {"batch_size": 50, "lr": 0.05, "flip": True, "s": 32.0} | changes)
 
 
+def synthetic(**changes: Any) -> TrainConfig:
+    """Noise of ten classes."""
+    return toy(**{"data": "synthetic", "synthetic_classes": 10, "image_size": 8} | changes)
+
+
 CONFIGS = pytest.mark.parametrize("config_of", [toy, faces])
 
 
@@ -693,8 +698,9 @@ def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, m
         (toy(device="gpu"), "device 'gpu' can't be used: "),
         (toy(device=""), "device '' can't be used: "),
         (toy(device="cuda:99"), "device 'cuda:99' can't be used: "),
-        (toy(loss="MV-AM-Softmax-f", t=-0.1), "t of MV-AM-Softmax-f must be a number >= 0, got -0.1"),
-        (toy(m=-1.0), "m of AM-Softmax must be a number >= 0, got -1.0"),
+        (toy(loss="MV-AM-Softmax-f", t=-0.1), "t must be a number in 0 … 1000000, got -0.1"),
+        (toy(m=-1.0), "m must be a number in 0 … 1000, got -1.0"),
+        (toy(m=3.0), "m of AM-Softmax must be a number <= 2, got 3"),
         (
             toy(variant="../../x"),
             "variant must be words, without / and the like: it is a part of files' names, got '..",
@@ -704,9 +710,15 @@ def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, m
         (toy(seed=2**32), "seed must be a number in 0 … 4294967295, got 4294967296"),
         (toy(seed=-1), "seed must be a number >= 0, got -1"),
         (toy(lr=math.inf), "lr must be a number in 0 … 1e+38, got inf"),
-        (toy(s=0.0), "s must be a number > 0, got 0.0"),
-        (toy(loss="HM-Softmax", hard_ratio=0.0), "hard_ratio must be in (0, 1], got 0.0"),
-        (toy(loss="F-Softmax", gamma=math.nan), "gamma of F-Softmax must be a number >= 0, got nan"),
+        (toy(s=0.0), "s must be a number in 1e-06 … 1000000, got 0.0"),
+        (toy(loss="HM-Softmax", hard_ratio=0.0), "hard_ratio must be a number in 1e-09 … 1, got 0.0"),
+        (toy(loss="F-Softmax", gamma=math.nan), "gamma must be a number in 0 … 1000, got nan"),
+        # with classes enough for the sweep
+        (
+            synthetic(loss="MV-AM-Softmax-a", t=1e17, update_in_backward=True),
+            "t must be a number in 0 … 1000000, got 1e+17",
+        ),
+        (synthetic(sample_rate=0.0), "sample_rate must be a number in 1e-09 … 1, got 0.0"),
         (faces(train_people=39), "train_people must be in 2 … 38 for 40 people, got 39"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",

@@ -353,15 +353,20 @@ FACES: dict[str, Callable[[int], nn.Module]] = {
 NETWORKS = (*ANY_SIZE, *FACES)
 
 
+def check_name(name: str) -> None:
+    """Raises UserError with the known names for an unknown one."""
+    if name not in NETWORKS:
+        raise UserError(f"unknown backbone {name!r}; known are: {', '.join(NETWORKS)}")
+
+
 def build(name: str, *, in_channels: int = 3, image_size: int, embedding_dim: int) -> nn.Module:
     """A network by name, with random weights: (B, in_channels, image_size, image_size) floats -> (B, embedding_dim).
 
     Raises UserError, with the known names for an unknown one.
     """
+    check_name(name)
     if name in ANY_SIZE:
         return ANY_SIZE[name](in_channels=in_channels, image_size=image_size, embedding_dim=embedding_dim)
-    if name not in FACES:
-        raise UserError(f"unknown backbone {name!r}; known are: {', '.join(NETWORKS)}")
     if (in_channels, image_size) != (3, SIDE):
         size = f"{image_size}×{image_size} pixels in {in_channels} channels"
         raise UserError(f"{name} takes images of {SIDE}×{SIDE} pixels in 3 channels, got {size}")

@@ -27,6 +27,7 @@ from mvrepro.training.batches import normalised
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.logs import Course, Diverged
 from mvrepro.training.loop import Session, prepare, train
+from mvrepro.training.network import check_network
 from mvrepro.training.ranks import Ranks, pick_device
 
 CPU = torch.device("cpu")
@@ -729,6 +730,24 @@ def test_settings_that_make_no_sense_are_one_message(config: TrainConfig, messag
     assert str(caught.value).startswith(message)
     assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"backbone": "resnet50"}, {"loss": "Magic"}, {"m": 3.0}, {"loss": "A-Softmax", "m": 0.5}]
+)
+def test_network_and_head_are_refused_before_the_data_are_read(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(tasks, "load", lambda config: pytest.fail("reads data"))
+    with pytest.raises(UserError, match=r"backbone|loss|m of"):
+        prepare(toy(**changes), ALONE)
+
+
+def test_the_check_of_a_network_draws_no_random_numbers() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check_network(toy())
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from mvrepro.training.batches import Feed, Order
 from mvrepro.training.checkpoint import Snapshots, is_checkpoint, start_from, write_checkpoint
 from mvrepro.training.config import OF_LOSSES, OF_OTHERS, TrainConfig, check, emphasis, rate
 from mvrepro.training.logs import Course, Logs, Pace
-from mvrepro.training.network import Network
+from mvrepro.training.network import Network, check_network
 from mvrepro.training.ranks import Ranks, joined
 from mvrepro.training.testing import Test, Tested, learned
 
@@ -145,6 +145,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
         torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     with ranks.together():
+        check_network(config)
         task = tasks.load(config)
         order = Order(config, len(task.train), ranks.rank, ranks.count)
         shape = task.train.read(np.zeros(1, np.int64)).shape[1:]

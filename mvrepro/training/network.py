@@ -215,6 +215,13 @@ def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def check_network(config: TrainConfig) -> None:
+    """Refuse an unknown backbone, and what the head refuses, before any data is read. Draws no random numbers."""
+    networks.check_name(config.backbone)
+    with torch.device("meta"):
+        build_head(config, 2, Ranks(0, 1, torch.device("meta")))
+
+
 def build_head(config: TrainConfig, classes: int, ranks: Ranks) -> MarginHead:
     """With all classes, or with this rank's where there are several ranks or only a sample of the classes is seen."""
     # labels are 0 … K − 1 by construction, and the loop looks at the loss itself

@@ -193,9 +193,11 @@ def test_safetensors_come_back_as_they_were(tmp_path: Path, trained: nn.Module) 
     with torch.no_grad():
         assert torch.equal(again(x), trained(x))
     assert not again.training
+    save_file({"x": torch.zeros(1)}, path.parent / "deep", {"mvrepro": "[" * 200_000})
     (path.parent / "junk").write_bytes(b"junk")
-    with pytest.raises(UserError, match="junk is not a readable backbone"):
-        interchange.load_backbone(path.parent / "junk")
+    for name in ("junk", "deep"):
+        with pytest.raises(UserError, match=f"{name} is not a readable backbone"):
+            interchange.load_backbone(path.parent / name)
     interchange.save_backbone(path, trained, "mobilefacenet", embedding_dim=17)
     with pytest.raises(UserError, match=r"does not fit mobilefacenet: size mismatch"):
         interchange.load_backbone(path)

@@ -540,8 +540,12 @@ def rewrite(path: Path, change: Any) -> None:
     for file, prefix in (("common.safetensors", False), ("rank-0.safetensors", True)):
         save_file({k: v for k, v in changed.items() if k.startswith("head.") is prefix}, path / file)
         manifest["files"][file] = hashlib.sha256((path / file).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(with_digest(manifest))
+
+
+def with_digest(manifest: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))
+    return json.dumps(manifest | {"sha256": digest})
 
 
 def head_of(classes: int) -> Any:
@@ -608,6 +612,46 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, file: str)
         train(toy(), begin=path)
     assert str(caught.value).startswith(f"{path} is not a readable checkpoint: {file} ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+HEADERLESS = b"PK\x03\x04" * 99
+ODD = {  # what a manifest says instead, and what is said of it
+    "no files": ({"files": {}}, "manifest.json names other files than a checkpoint has"),
+    "no head": ({"files": {"common.safetensors": ""}}, "manifest.json names other files than a checkpoint has"),
+    "files": ({"files": ["common.safetensors", "rank-0.safetensors"]}, "manifest.json is not whole"),
+    "about": ({"about": None}, "manifest.json is not whole"),
+    "content": ({}, "common.safetensors can't be read (Error while deserializing header: "),
+}
+
+
+def make_odd(path: Path, changes: dict[str, Any]) -> None:
+    """A checkpoint whose hashes fit, but not its content."""
+    manifest = read_json(path / "manifest.json")
+    del manifest["sha256"]
+    if not changes:
+        (path / "common.safetensors").write_bytes(HEADERLESS)
+        manifest["files"]["common.safetensors"] = hashlib.sha256(HEADERLESS).hexdigest()
+    (path / "manifest.json").write_text(with_digest(manifest | changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), ODD.values(), ids=ODD)
+def test_a_checkpoint_whose_hashes_fit_and_nothing_else_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    make_odd(path, changes)
+    with pytest.raises(UserError) as caught:
+        train(toy(), begin=path)
+    assert str(caught.value).startswith(f"{path} is not a readable checkpoint: {message}")
+
+
+def test_a_manifest_of_endless_brackets_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    (path / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"is not a readable checkpoint: manifest\.json is not whole"):
+        train(toy(), begin=path)
 
 
 # Stopped, and gone on with
@@ -677,6 +721,16 @@ def test_other_code_or_torch_is_refused_unless_one_asks_for_it(tmp_path: Path, m
     assert not (tmp_path / "run.json").exists()
     went_on = train(config, **there, resume="despite changes")
     assert went_on["provenance"]["resumed_from"] == 6 and went_on["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize("changes", [*(changes for changes, _ in ODD.values()), {"made_by": 1}, {"progress": None}])
+def test_a_snapshot_whose_hashes_fit_and_nothing_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    stopped_at(3, config := faces(snapshot_every=2), tmp_path, monkeypatch)
+    make_odd(tmp_path / "work/snapshots/step-00000002", changes)
+    with pytest.raises(UserError, match=r"no snapshot to go on from: .*step-00000002 is damaged: "):
+        train(config, out=tmp_path / "run.json", work=tmp_path / "work", resume="strict")
 
 
 def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -654,6 +654,14 @@ def test_a_manifest_of_endless_brackets_is_refused(tmp_path: Path) -> None:
         train(toy(), begin=path)
 
 
+def test_a_network_of_unknown_origin_is_begun_with(tmp_path: Path) -> None:
+    """And one that is saved over is not taken for what took its place."""
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    assert train(toy(), begin=path, save=path)["began_with"] == {}
+    assert train(toy(seed=1), begin=path, save=path)["began_with"]["run"] == toy().run_name()
+
+
 # Stopped, and gone on with
 
 

@@ -76,8 +76,10 @@ def train(
     with joined(config) as ranks, closing(prepare(config, ranks)) as session:
         network, order = session.network, session.order
         snapshots = Snapshots(work / "snapshots", session.about(), CODE, config.keep_snapshots, ranks) if work else None
+        began = {}
         if begin:
             start_from(begin, network)
+            began = {"began_with": read_json(begin / "manifest.json").get("made_by", {})}
         first, progress = _first(snapshots, network, resume) if snapshots else (0, {})
         if first and first == order.steps and out and out.exists():
             ranks.say("the run has all its steps already")
@@ -94,7 +96,7 @@ def train(
             "config": config.decisive(),
             "config_hash": config_hash(config.decisive()),
             "code": CODE,
-            **({"began_with": read_json(begin / "manifest.json")["made_by"]} if begin else {}),
+            **began,
             "sizes": session.sizes(),
             "metrics": tested.metrics,
             "learned": learned(session.task, network, course.curve),

@@ -31,6 +31,9 @@ ARCHIVES = {
 }
 
 
+LIST, IMAGE = 2**26, 2**20  # the most bytes of a member: 40 times the largest list, 170 times the largest image
+
+
 def place(name: str) -> Path:
     """A file of MVREPRO_DATA/more. Raises UserError that says where to get all that is missing there."""
     folder = Path(os.environ.get("MVREPRO_DATA") or "MVREPRO_DATA is not set") / "more"
@@ -48,8 +51,8 @@ def archive(name: str, size: int) -> Pixels:
     path = place(f"{name}.zip")
     try:
         with zipfile.ZipFile(path) as file:
-            with file.open("list.tsv") as table:
-                rows = list(csv.DictReader(io.TextIOWrapper(table, encoding="utf-8-sig"), delimiter="\t"))
+            table = io.StringIO(_read(file, "list.tsv", LIST).decode("utf-8-sig"), newline=None)
+            rows = list(csv.DictReader(table, delimiter="\t"))
 
             def build() -> NDArray[np.uint8]:
                 small = (
@@ -58,15 +61,24 @@ def archive(name: str, size: int) -> Pixels:
                 return np.stack([np.asarray(face) for face in small]).transpose(0, 3, 1, 2)
 
             pixels = np.array(kept_array(f"faces/{name}-{size}", [path], build), order="C")
-    except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a whole archive with list.tsv in it: {error}") from None
     return Pixels.of_people(pixels, np.array([f"{name}:{row['person']}" for row in rows]))
+
+
+def _read(file: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A member. Raises ValueError, before anything is inflated, where it has more bytes than the limit."""
+    size = file.getinfo(name).file_size
+    if size > limit:
+        raise ValueError(f"{name} has {size:,} bytes, more than {limit:,}")
+    with file.open(name) as member:
+        return member.read(limit)  # inflates no more than that, whatever the archive says of its size
 
 
 def _faces(file: zipfile.ZipFile, rows: list[dict[str, str]]) -> Iterator[NDArray[np.uint8]]:
     for row in rows:
         try:
-            yield decode(file.read(row["image"]), (SIDE, SIDE)).transpose(1, 2, 0)
+            yield decode(_read(file, row["image"], IMAGE), (SIDE, SIDE)).transpose(1, 2, 0)
         except (ValueError, KeyError) as error:
             raise UserError(f"{file.filename}, {row.get('image')}: can't be read as an image: {error}") from None
 

@@ -16,7 +16,6 @@ BACKENDS = ("dense", "fused", "auto")
 SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
 MOST_MARGIN = {"AM": 2.0, "Arc": math.pi}  # as far apart as two cosines, and two angles, can be
 WATCHED = ("marked_share", "target_cosine", "negative_cosine")  # what MarginHead.watch tells
-STUDIED = ("top1", "median_p_y", "gradient_distance")  # what MarginHead.study tells
 
 
 class MarginHead(nn.Module):
@@ -159,9 +158,9 @@ class MarginHead(nn.Module):
         return {name: round(value.item(), 6) for name, value in zip(WATCHED, values, strict=True)}
 
     def study(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-        """What the loss makes of a batch, by the names of STUDIED and with 6 digits: the share of samples whose own
-        class is the nearest; the median p_y; and how far its gradient G = dL/dcosθ (B, K) lies from that of its margin
-        loss, without emphasis and mining: |G − G0|/|G0|."""
+        """What the loss makes of a batch, with 6 digits: top1, the share of samples whose own class is the nearest;
+        median_p_y; and gradient_distance, how far its gradient G = dL/dcosθ (B, K) lies from that of its margin loss,
+        without emphasis and mining: |G − G0|/|G0|."""
         labels, cos = labels.to(embeddings.device), self.cosines(embeddings.detach()).detach()
         found = {"top1": (cos.argmax(1) == labels).float().mean().item()}
         grads: list[Tensor] = []

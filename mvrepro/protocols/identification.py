@@ -38,10 +38,6 @@ class Identification:
     rates: NDArray[np.float64]
     found: NDArray[np.bool_]
 
-    @property
-    def pairs(self) -> int:
-        return len(self.found)
-
 
 @dataclass(frozen=True)
 class MegaFace:

@@ -44,6 +44,7 @@ class MarginHead(nn.Module):
     ValueError for arguments out of range, with the known names for an unknown one.
     """
 
+    first = 0  # the class of the weight's first row
     weight: nn.Parameter
     step: Tensor
     momentum: Tensor | None
@@ -172,6 +173,17 @@ class MarginHead(nn.Module):
             found.setdefault("median_p_y", (-losses.detach()).exp().median().item())
         found["gradient_distance"] = ((grads[0] - grads[1]).norm() / grads[1].norm().clamp(min=1e-30)).item()
         return {name: float(f"{value:.6g}") for name, value in found.items()}
+
+    def full_weight(self) -> Tensor | None:
+        """(K, D), on the CPU."""
+        return self.weight.detach().cpu()
+
+    @torch.no_grad()
+    def load_full_weight(self, weight: Tensor) -> None:
+        """Take the rows that are here of a (K, D) weight, such as full_weight() of a run with other ranks."""
+        if weight.shape != (self.num_classes, self.embedding_dim):
+            raise ValueError(f"the weight must be {(self.num_classes, self.embedding_dim)}, got {tuple(weight.shape)}")
+        self.weight.copy_(weight[self.first : self.first + len(self.weight)])
 
     def margin(self, target: Tensor) -> Tensor:
         """f(m, θ_y) of the target cosines, in any shape."""

@@ -75,12 +75,9 @@ def crop(photo: NDArray[np.uint8], points: ArrayLike) -> NDArray[np.uint8]:
 
 def centre_crop(photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(112, 112, 3) of the middle of a photo in which no face was found: the largest square, made small."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    height, width = photo.shape[:2]
-    half = min(height, width) / 2
-    box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-    return np.asarray(Image.fromarray(photo).resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
+    return np.asarray(ImageOps.fit(Image.fromarray(photo), (SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def detector() -> Callable[[NDArray[np.uint8]], list[Face]]:

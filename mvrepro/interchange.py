@@ -159,7 +159,7 @@ def read_backbone(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("mvrepro", "null"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable backbone: {error}") from None
     about = {"in_channels": 3, "image_size": networks.SIDE, **about} if isinstance(about, dict) else {}
     if about.keys() != {"backbone", "in_channels", "image_size", "embedding_dim"}:

@@ -17,13 +17,11 @@ was read there.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from mvrepro.errors import UserError
 
@@ -353,61 +351,29 @@ FACES: dict[str, Callable[[int], nn.Module]] = {
 NETWORKS = (*ANY_SIZE, *FACES)
 
 
+def check_name(name: str) -> None:
+    """Raises UserError with the known names for an unknown one."""
+    if name not in NETWORKS:
+        raise UserError(f"unknown backbone {name!r}; known are: {', '.join(NETWORKS)}")
+
+
 def build(name: str, *, in_channels: int = 3, image_size: int, embedding_dim: int) -> nn.Module:
     """A network by name, with random weights: (B, in_channels, image_size, image_size) floats -> (B, embedding_dim).
 
     Raises UserError, with the known names for an unknown one.
     """
+    check_name(name)
     if name in ANY_SIZE:
         return ANY_SIZE[name](in_channels=in_channels, image_size=image_size, embedding_dim=embedding_dim)
-    if name not in FACES:
-        raise UserError(f"unknown backbone {name!r}; known are: {', '.join(NETWORKS)}")
     if (in_channels, image_size) != (3, SIDE):
         size = f"{image_size}×{image_size} pixels in {in_channels} channels"
         raise UserError(f"{name} takes images of {SIDE}×{SIDE} pixels in 3 channels, got {size}")
     return FACES[name](embedding_dim)
 
 
-@dataclass(frozen=True)
-class Published:
-    """Multiply-adds in 10^9 and parameters in 10^6, as `source` prints them (but see CAVAFACE)."""
-
-    source: str
-    multiply_adds: float
-    parameters: float | None = None
-
-
-# THOP counts more than size() does: twice the numbers that batch norms see and 11 times those that are interpolated,
-# among multiply-adds; and among parameters the 1×1 shortcut that each bottleneck of FaceX-Zoo owns, also where it is
-# never used, but no PReLU. With that its figures are those of these networks (tests/test_networks.py), but for
-# 0.05·10^9 multiply-adds in both attention networks, which is what their last linear layer takes.
-FACEX = "FaceX-Zoo, training_mode/README.md, section 3.1 (counted with THOP)"
-ARCFACE = "InsightFace, recognition/arcface_torch/README.md, “ViT For Face Recognition”, FLOPs"
-CAVAFACE = "cavaface, README.md, Benchmark: 17.63 GFLOPs, which are twice the multiply-adds"
-PUBLISHED = {
-    "iresnet-18": Published(ARCFACE, 2.6),
-    "iresnet-50": Published(ARCFACE, 6.3),
-    "iresnet-100": Published(ARCFACE, 12.1),
-    "resnet-ir-50": Published(FACEX, 6.31, 43.57),
-    "mobilefacenet": Published(FACEX, 0.22757, 1.19),
-    "attention-56": Published(FACEX, 6.34, 98.96),
-    "attention-92": Published(FACEX, 10.62, 134.56),
-    "attention-irse-92": Published(CAVAFACE, 17.63 / 2),
-}
-
-
 def parameter_count(model: nn.Module) -> int:
     """How many numbers the model learns."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def size(name: str, embedding_dim: int = 512, image_size: int = SIDE) -> tuple[int, int]:
-    """(parameters, multiply-adds for one image), counted without computing: those of convolutions and products."""
-    with torch.device("meta"):
-        model = build(name, image_size=image_size, embedding_dim=embedding_dim).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, image_size, image_size))
-    return parameter_count(model), counter.get_total_flops() // 2
 
 
 @torch.no_grad()

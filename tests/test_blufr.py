@@ -103,9 +103,9 @@ def test_rates_are_those_of_the_plain_computation(tmp_path: Path, seed: int, tie
     np.testing.assert_allclose(found.strict_dir, [rate for _, rate in expected], rtol=0, atol=1e-12)
     theirs = [authors_dir(scores, *trial[1:], fars[1]) for trial in each]
     np.testing.assert_allclose(found.dir, theirs, rtol=0, atol=1e-12)
-    assert found.vr_summary == pytest.approx(np.mean(found.vr) - np.std(found.vr, ddof=1))
-    assert found.dir_summary == pytest.approx(np.mean(found.dir) - np.std(found.dir, ddof=1))
-    assert found.strict_dir_summary == pytest.approx(np.mean(found.strict_dir) - np.std(found.strict_dir, ddof=1))
+    assert found.summary("vr") == pytest.approx(np.mean(found.vr) - np.std(found.vr, ddof=1))
+    assert found.summary("dir") == pytest.approx(np.mean(found.dir) - np.std(found.dir, ddof=1))
+    assert found.summary("strict_dir") == pytest.approx(np.mean(found.strict_dir) - np.std(found.strict_dir, ddof=1))
     everybody = blufr(embeddings, blufr_trials(names, tmp_path), far_verification=1, far_identification=1)
     assert everybody.dir.tolist() == [authors_dir(scores, *trial[1:], 1) for trial in each]
 
@@ -155,7 +155,7 @@ def test_all_alike_is_all_refused_and_all_apart_is_all_found(tmp_path: Path) -> 
     write_lists(tmp_path, **lists)
     people = np.array([int(person(name).rpartition("_")[2]) for name in names])
     fars = {"far_verification": 0.05, "far_identification": 0.25}
-    assert blufr(np.eye(30)[people], blufr_trials(names, tmp_path), **fars).dir_summary == 1
+    assert blufr(np.eye(30)[people], blufr_trials(names, tmp_path), **fars).summary("dir") == 1
     same = blufr(np.ones_like(embeddings), blufr_trials(names, tmp_path), **fars)
     assert same.vr.tolist() == same.strict_dir.tolist() == [0, 0, 0]
     first = [lists["gallery"][k][0] for k in range(3)]  # of equal scores, the first image of the gallery is found

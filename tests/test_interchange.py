@@ -365,8 +365,8 @@ def test_names_with_folders_before_them_are_known(lfw: Path, capsys: pytest.Capt
     trials = protocols.blufr_trials(every, lfw)
     found = protocols.blufr(np.load(lfw / "b.npy"), trials)
     assert printed == [
-        f"vr@far=0.001: {100 * found.vr_summary:.2f} %", f"dir@far=0.01: {100 * found.dir_summary:.2f} %",
-        f"strict dir@far=0.01: {100 * found.strict_dir_summary:.2f} %",
+        f"vr@far=0.001: {100 * found.summary('vr'):.2f} %", f"dir@far=0.01: {100 * found.summary('dir'):.2f} %",
+        f"strict dir@far=0.01: {100 * found.summary('strict_dir'):.2f} %",
     ]  # fmt: skip
 
 

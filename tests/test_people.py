@@ -136,8 +136,13 @@ def test_what_is_missing_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -
         (lambda path: zipfile.ZipFile(path, "w").close(), "not a whole archive with list.tsv in it"),
         (lambda path: add(path, "list.tsv", "image\tperson\nimages/x.png\tx\n"), r"images/x\.png: can't be read"),
         (lambda path: add(path, "list.tsv", "image\tperson\nx.png\tx\n", picture(1, 90)), "90×90 pixels"),
+        (
+            lambda path: add(path, "list.tsv", "image\tperson\nx.png\tx\n", bytes(2**20 + 1)),
+            r"x\.png: .* x\.png has 1,048,577 bytes, more than 1,048,576",
+        ),
+        (lambda path: add(path, "list.tsv", " " * (2**26 + 1)), "list.tsv has 67,108,865 bytes, more than 67,108,864"),
     ],
-    ids=["cut off", "empty", "an image less", "another size"],
+    ids=["cut off", "empty", "an image less", "another size", "a huge image", "a huge list"],
 )
 def test_a_damaged_archive_is_named(data: Path, damage: object, message: str) -> None:
     damage(data / "pins.zip")  # type: ignore[operator]
@@ -147,7 +152,7 @@ def test_a_damaged_archive_is_named(data: Path, damage: object, message: str) ->
 
 
 def add(path: Path, name: str, text: str, image: bytes = b"") -> None:
-    with zipfile.ZipFile(path, "w") as file:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(name, text)
         if image:
             file.writestr("x.png", image)

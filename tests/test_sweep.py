@@ -526,8 +526,8 @@ def test_classes_over_ranks(name, keep):
 
         part = torch.tensor(W[edges[r] : edges[r + 1]], requires_grad=True)
         u = torch.tensor(x, requires_grad=True)
-        how = {"keep": keep, "chunk": 2, "first": edges[r], "reduce": reduce}
-        losses = fused_losses(u, part, torch.tensor(data[2]), head._rule(), **how)
+        how = {"keep": keep, "chunk": 2, "reduce": reduce}
+        losses = fused_losses(u, part, torch.tensor(data[2]) - edges[r], head._rule(), **how)
         loss = mine(head.loss.g, losses, head.gamma, head.hard_ratio)
         loss.backward()
         results[r] = loss.detach(), u.grad, part.grad

@@ -28,6 +28,7 @@ from mvrepro.training.batches import normalised
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.logs import Course, Diverged
 from mvrepro.training.loop import Session, prepare, train
+from mvrepro.training.network import check_network
 from mvrepro.training.ranks import Ranks, pick_device
 
 CPU = torch.device("cpu")
@@ -67,6 +68,11 @@ def faces(**changes: Any) -> TrainConfig:
     """A run of half a second: ORL faces of 16×16."""
     settings = {"profile": "quick", "data": "orl", "backbone": "iresnet-tiny", "embedding_dim": 16, "image_size": 16}
     return toy(**settings | {"batch_size": 50, "lr": 0.05, "flip": True, "s": 32.0} | changes)
+
+
+def synthetic(**changes: Any) -> TrainConfig:
+    """Noise of ten classes."""
+    return toy(**{"data": "synthetic", "synthetic_classes": 10, "image_size": 8} | changes)
 
 
 CONFIGS = pytest.mark.parametrize("config_of", [toy, faces])
@@ -549,8 +555,12 @@ def rewrite(path: Path, change: Any) -> None:
     for file, prefix in (("common.safetensors", False), ("rank-0.safetensors", True)):
         save_file({k: v for k, v in changed.items() if k.startswith("head.") is prefix}, path / file)
         manifest["files"][file] = hashlib.sha256((path / file).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(with_digest(manifest))
+
+
+def with_digest(manifest: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest}))
+    return json.dumps(manifest | {"sha256": digest})
 
 
 def head_of(classes: int) -> Any:
@@ -617,6 +627,54 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, file: str)
         train(toy(), begin=path)
     assert str(caught.value).startswith(f"{path} is not a readable checkpoint: {file} ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+HEADERLESS = b"PK\x03\x04" * 99
+ODD = {  # what a manifest says instead, and what is said of it
+    "no files": ({"files": {}}, "manifest.json names other files than a checkpoint has"),
+    "no head": ({"files": {"common.safetensors": ""}}, "manifest.json names other files than a checkpoint has"),
+    "files": ({"files": ["common.safetensors", "rank-0.safetensors"]}, "manifest.json is not whole"),
+    "about": ({"about": None}, "manifest.json is not whole"),
+    "content": ({}, "common.safetensors can't be read (Error while deserializing header: "),
+}
+
+
+def make_odd(path: Path, changes: dict[str, Any]) -> None:
+    """A checkpoint whose hashes fit, but not its content."""
+    manifest = read_json(path / "manifest.json")
+    del manifest["sha256"]
+    if not changes:
+        (path / "common.safetensors").write_bytes(HEADERLESS)
+        manifest["files"]["common.safetensors"] = hashlib.sha256(HEADERLESS).hexdigest()
+    (path / "manifest.json").write_text(with_digest(manifest | changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), ODD.values(), ids=ODD)
+def test_a_checkpoint_whose_hashes_fit_and_nothing_else_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    make_odd(path, changes)
+    with pytest.raises(UserError) as caught:
+        train(toy(), begin=path)
+    assert str(caught.value).startswith(f"{path} is not a readable checkpoint: {message}")
+
+
+def test_a_manifest_of_endless_brackets_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    (path / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"is not a readable checkpoint: manifest\.json is not whole"):
+        train(toy(), begin=path)
+
+
+def test_a_network_of_unknown_origin_is_begun_with(tmp_path: Path) -> None:
+    """And one that is saved over is not taken for what took its place."""
+    path = tmp_path / "model"
+    save(prepare(toy(), ALONE), path)
+    assert train(toy(), begin=path, save=path)["began_with"] == {}
+    assert train(toy(seed=1), begin=path, save=path)["began_with"]["run"] == toy().run_name()
 
 
 # Stopped, and gone on with
@@ -688,6 +746,16 @@ def test_other_code_or_torch_is_refused_unless_one_asks_for_it(tmp_path: Path, m
     assert went_on["provenance"]["resumed_from"] == 6 and went_on["metrics"] == whole["metrics"]
 
 
+@pytest.mark.parametrize("changes", [*(changes for changes, _ in ODD.values()), {"made_by": 1}, {"progress": None}])
+def test_a_snapshot_whose_hashes_fit_and_nothing_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    stopped_at(3, config := faces(snapshot_every=2), tmp_path, monkeypatch)
+    make_odd(tmp_path / "work/snapshots/step-00000002", changes)
+    with pytest.raises(UserError, match=r"no snapshot to go on from: .*step-00000002 is damaged: "):
+        train(config, out=tmp_path / "run.json", work=tmp_path / "work", resume="strict")
+
+
 def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = faces(epochs=2, snapshot_every=2)
     stopped_at(6, config, tmp_path, monkeypatch, resume="same")
@@ -708,8 +776,9 @@ def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, m
         (toy(device="gpu"), "device 'gpu' can't be used: "),
         (toy(device=""), "device '' can't be used: "),
         (toy(device="cuda:99"), "device 'cuda:99' can't be used: "),
-        (toy(loss="MV-AM-Softmax-f", t=-0.1), "t of MV-AM-Softmax-f must be a number >= 0, got -0.1"),
-        (toy(m=-1.0), "m of AM-Softmax must be a number >= 0, got -1.0"),
+        (toy(loss="MV-AM-Softmax-f", t=-0.1), "t must be a number in 0 … 1000000, got -0.1"),
+        (toy(m=-1.0), "m must be a number in 0 … 1000, got -1.0"),
+        (toy(m=3.0), "m of AM-Softmax must be a number <= 2, got 3"),
         (
             toy(variant="../../x"),
             "variant must be words, without / and the like: it is a part of files' names, got '..",
@@ -719,9 +788,15 @@ def test_where_code_or_settings_changed_a_pipeline_begins_anew(tmp_path: Path, m
         (toy(seed=2**32), "seed must be a number in 0 … 4294967295, got 4294967296"),
         (toy(seed=-1), "seed must be a number >= 0, got -1"),
         (toy(lr=math.inf), "lr must be a number in 0 … 1e+38, got inf"),
-        (toy(s=0.0), "s must be a number > 0, got 0.0"),
-        (toy(loss="HM-Softmax", hard_ratio=0.0), "hard_ratio must be in (0, 1], got 0.0"),
-        (toy(loss="F-Softmax", gamma=math.nan), "gamma of F-Softmax must be a number >= 0, got nan"),
+        (toy(s=0.0), "s must be a number in 1e-06 … 1000000, got 0.0"),
+        (toy(loss="HM-Softmax", hard_ratio=0.0), "hard_ratio must be a number in 1e-09 … 1, got 0.0"),
+        (toy(loss="F-Softmax", gamma=math.nan), "gamma must be a number in 0 … 1000, got nan"),
+        # with classes enough for the sweep
+        (
+            synthetic(loss="MV-AM-Softmax-a", t=1e17, update_in_backward=True),
+            "t must be a number in 0 … 1000000, got 1e+17",
+        ),
+        (synthetic(sample_rate=0.0), "sample_rate must be a number in 1e-09 … 1, got 0.0"),
         (faces(train_people=39), "train_people must be in 2 … 38 for 40 people, got 39"),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
@@ -732,6 +807,24 @@ def test_settings_that_make_no_sense_are_one_message(config: TrainConfig, messag
     assert str(caught.value).startswith(message)
     assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"backbone": "resnet50"}, {"loss": "Magic"}, {"m": 3.0}, {"loss": "A-Softmax", "m": 0.5}]
+)
+def test_network_and_head_are_refused_before_the_data_are_read(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(tasks, "load", lambda config: pytest.fail("reads data"))
+    with pytest.raises(UserError, match=r"backbone|loss|m of"):
+        prepare(toy(**changes), ALONE)
+
+
+def test_the_check_of_a_network_draws_no_random_numbers() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check_network(toy())
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

@@ -132,8 +132,8 @@ def _blufr(embeddings: Any, names: Any, lists: Path | None = None) -> Metrics:
     names = [name.rpartition("/")[2] for name in names]  # of a folder of folders
     trials = protocols.blufr_trials(names, lists or photographs.folder("lfw") / "blufr")
     found = protocols.blufr(embeddings, trials)
-    dirs = {"dir@far=0.01": found.dir_summary, "strict dir@far=0.01": found.strict_dir_summary}
-    return {"vr@far=0.001": found.vr_summary} | dirs
+    dirs = {"dir@far=0.01": found.summary("dir"), "strict dir@far=0.01": found.summary("strict_dir")}
+    return {"vr@far=0.001": found.summary("vr")} | dirs
 
 
 def _identify(

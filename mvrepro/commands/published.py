@@ -146,8 +146,8 @@ class Tests:
     def _blufr(self, sets: Sequence[NDArray[Any]]) -> "Judged":
         found = protocols.blufr(sets[0], self.trials)
         rates = {"vr": found.vr, "dir": found.dir, "strict dir": found.strict_dir}
-        metrics = {"blufr_vr@far=0.001": found.vr_summary, "blufr_dir@far=0.01": found.dir_summary}
-        metrics["blufr_strict_dir@far=0.01"] = found.strict_dir_summary
+        metrics = {"blufr_vr@far=0.001": found.summary("vr"), "blufr_dir@far=0.01": found.summary("dir")}
+        metrics["blufr_strict_dir@far=0.01"] = found.summary("strict_dir")
         errors = {key: float(each.std(ddof=1)) for key, each in zip(metrics, rates.values(), strict=True)}
         return metrics, errors, {"blufr": {name: _rounded(each) for name, each in rates.items()}}
 

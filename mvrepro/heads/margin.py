@@ -16,7 +16,6 @@ BACKENDS = ("dense", "fused", "auto")
 SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
 MOST_MARGIN = {"AM": 2.0, "Arc": math.pi}  # as far apart as two cosines, and two angles, can be
 WATCHED = ("marked_share", "target_cosine", "negative_cosine")  # what MarginHead.watch tells
-STUDIED = ("top1", "median_p_y", "gradient_distance")  # what MarginHead.study tells
 
 
 class MarginHead(nn.Module):
@@ -45,6 +44,7 @@ class MarginHead(nn.Module):
     ValueError for arguments out of range, with the known names for an unknown one.
     """
 
+    first = 0  # the class of the weight's first row
     weight: nn.Parameter
     step: Tensor
     momentum: Tensor | None
@@ -159,9 +159,9 @@ class MarginHead(nn.Module):
         return {name: round(value.item(), 6) for name, value in zip(WATCHED, values, strict=True)}
 
     def study(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-        """What the loss makes of a batch, by the names of STUDIED and with 6 digits: the share of samples whose own
-        class is the nearest; the median p_y; and how far its gradient G = dL/dcosθ (B, K) lies from that of its margin
-        loss, without emphasis and mining: |G − G0|/|G0|."""
+        """What the loss makes of a batch, with 6 digits: top1, the share of samples whose own class is the nearest;
+        median_p_y; and gradient_distance, how far its gradient G = dL/dcosθ (B, K) lies from that of its margin loss,
+        without emphasis and mining: |G − G0|/|G0|."""
         labels, cos = labels.to(embeddings.device), self.cosines(embeddings.detach()).detach()
         found = {"top1": (cos.argmax(1) == labels).float().mean().item()}
         grads: list[Tensor] = []
@@ -173,6 +173,17 @@ class MarginHead(nn.Module):
             found.setdefault("median_p_y", (-losses.detach()).exp().median().item())
         found["gradient_distance"] = ((grads[0] - grads[1]).norm() / grads[1].norm().clamp(min=1e-30)).item()
         return {name: float(f"{value:.6g}") for name, value in found.items()}
+
+    def full_weight(self) -> Tensor | None:
+        """(K, D), on the CPU."""
+        return self.weight.detach().cpu()
+
+    @torch.no_grad()
+    def load_full_weight(self, weight: Tensor) -> None:
+        """Take the rows that are here of a (K, D) weight, such as full_weight() of a run with other ranks."""
+        if weight.shape != (self.num_classes, self.embedding_dim):
+            raise ValueError(f"the weight must be {(self.num_classes, self.embedding_dim)}, got {tuple(weight.shape)}")
+        self.weight.copy_(weight[self.first : self.first + len(self.weight)])
 
     def margin(self, target: Tensor) -> Tensor:
         """f(m, θ_y) of the target cosines, in any shape."""

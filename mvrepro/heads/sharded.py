@@ -148,13 +148,6 @@ class ShardedHead(MarginHead):
                 full[start:stop] = part
         return full
 
-    @torch.no_grad()
-    def load_full_weight(self, weight: Tensor) -> None:
-        """Take this rank's rows of a (K, D) weight, such as full_weight() of a run with another number of ranks."""
-        if weight.shape != (self.num_classes, self.embedding_dim):
-            raise ValueError(f"the weight must be {(self.num_classes, self.embedding_dim)}, got {tuple(weight.shape)}")
-        self.weight.copy_(weight[self.first : self.first + len(self.weight)])
-
     def _sample(self, y: Tensor) -> tuple[Tensor, Tensor, Update | None]:
         """Weight and labels of the sampled classes, and the update of their rows. y: local, −1 on other ranks."""
         own = y[y >= 0].unique()

@@ -123,7 +123,6 @@ def fused_losses(
     *,
     keep: str = "none",
     chunk: int | None = None,
-    first: int = 0,
     reduce: Reduce = one_rank,
     update: Update | None = None,
 ) -> Tensor:
@@ -135,9 +134,9 @@ def fused_losses(
 
     keep   what stays of the cosines between the two sweeps, one of KEEP
     chunk  classes at a time; None: as many as have their cosines, and a quarter of their weights, in CHUNK_BYTES
-    first, reduce   for classes spread over ranks, of which this one holds first … first + K − 1:
-           reduce(part, "sum" or "max") combines the ranks' tensors. Every rank calls it with the target
-           cosines, the maxima and the sums of O, (B, 1) or (B,), and backward with dL/du (B, D), in this order.
+    reduce for classes spread over ranks, whose labels count from this one's first class: reduce(part, "sum" or "max")
+           combines the ranks' tensors. Every rank calls it with the target cosines, the maxima and the sums of O,
+           (B, 1) or (B,), and backward with dL/du (B, D), in this order.
     update update(classes, grad) gets the gradient of each chunk in the backward sweep and may change these rows
            of weight, and use up grad (n, D); dL/dW as a whole then never exists, and weight.grad stays as it is
     """
@@ -148,9 +147,9 @@ def fused_losses(
         size = CHUNK_BYTES["cuda" if embeddings.is_cuda else "cpu"]
         chunk = max(1, size // (dtype.itemsize * max(len(labels), weight.shape[1] // 4)))
     keep = keep if torch.is_grad_enabled() else "none"
-    plan = _Plan(rule, labels.cpu() - first, weight, keep, chunk, reduce, update)
+    plan = _Plan(rule, labels.cpu(), weight, keep, chunk, reduce, update)
     if reduce is one_rank and len(plan.own) < len(labels):
-        raise ValueError(f"labels must be in {first} … {first + len(weight) - 1}")
+        raise ValueError(f"labels must be in 0 … {len(weight) - 1}")
     with torch.autocast(embeddings.device.type, enabled=False):
         cos_y, others = _Sweep.apply(normalise(embeddings.to(dtype)), weight, plan)
         f = rule.margin(cos_y)

@@ -20,21 +20,6 @@ from mvrepro.images.source import Encoded, Images, Memory, Pixels, check_ids, de
 from mvrepro.images.tars import Tars, write_tars
 
 __all__ = [
-    "Encoded",
-    "Files",
-    "Folder",
-    "Images",
-    "Memory",
-    "Pairs",
-    "Pixels",
-    "Records",
-    "Tars",
-    "check_ids",
-    "decode",
-    "open_images",
-    "read_bin",
-    "write_bin",
-    "write_folder",
-    "write_rec",
-    "write_tars",
-]
+    "Encoded", "Files", "Folder", "Images", "Memory", "Pairs", "Pixels", "Records", "Tars", "check_ids", "decode",
+    "open_images", "read_bin", "write_bin", "write_folder", "write_rec", "write_tars",
+]  # fmt: skip

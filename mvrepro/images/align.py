@@ -24,7 +24,6 @@ SIDE = 112
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-PICKS = ("centre", "largest")
 TABLES = ("landmarks.tsv", "photos.tsv")
 QUALITY = 90  # of the JPEGs
 LONGEST = 500  # side of what MTCNN sees: larger photos are made smaller for it, which their faces bear and time needs
@@ -76,12 +75,9 @@ def crop(photo: NDArray[np.uint8], points: ArrayLike) -> NDArray[np.uint8]:
 
 def centre_crop(photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(112, 112, 3) of the middle of a photo in which no face was found: the largest square, made small."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    height, width = photo.shape[:2]
-    half = min(height, width) / 2
-    box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-    return np.asarray(Image.fromarray(photo).resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
+    return np.asarray(ImageOps.fit(Image.fromarray(photo), (SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def detector() -> Callable[[NDArray[np.uint8]], list[Face]]:

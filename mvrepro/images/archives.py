@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvrepro.errors import UserError
-from mvrepro.images.photographs import SIDE
+from mvrepro.images.photographs import SIDE, made_smaller
 from mvrepro.images.source import Pixels, decode
-from mvrepro.images.storage import kept_array
 
 ARCHIVES = {
     "fiw": "Families In the Wild, Northeastern University: Kaggle, recognizing-faces-in-the-wild",
@@ -29,6 +28,9 @@ ARCHIVES = {
     "afdb": "Asian celebrities of RMFRD, Wuhan University",
     "casia5": "CASIA-FaceV5, Chinese Academy of Sciences",
 }
+
+
+LIST, IMAGE = 2**26, 2**20  # the most bytes of a member: 40 times the largest list, 170 times the largest image
 
 
 def place(name: str) -> Path:
@@ -43,30 +45,30 @@ def place(name: str) -> Path:
 
 def archive(name: str, size: int) -> Pixels:
     """One of ARCHIVES, made smaller: size × size. People are called NAME:PERSON. Raises UserError for damaged files."""
-    from PIL import Image
-
     path = place(f"{name}.zip")
     try:
         with zipfile.ZipFile(path) as file:
-            with file.open("list.tsv") as table:
-                rows = list(csv.DictReader(io.TextIOWrapper(table, encoding="utf-8-sig"), delimiter="\t"))
-
-            def build() -> NDArray[np.uint8]:
-                small = (
-                    Image.fromarray(face).resize((size, size), Image.Resampling.BOX) for face in _faces(file, rows)
-                )
-                return np.stack([np.asarray(face) for face in small]).transpose(0, 3, 1, 2)
-
-            pixels = np.array(kept_array(f"faces/{name}-{size}", [path], build), order="C")
-    except (OSError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+            table = io.StringIO(_read(file, "list.tsv", LIST).decode("utf-8-sig"), newline=None)
+            rows = list(csv.DictReader(table, delimiter="\t"))
+            pixels = made_smaller(name, [path], _faces(file, rows), size)
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a whole archive with list.tsv in it: {error}") from None
     return Pixels.of_people(pixels, np.array([f"{name}:{row['person']}" for row in rows]))
+
+
+def _read(file: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A member. Raises ValueError, before anything is inflated, where it has more bytes than the limit."""
+    size = file.getinfo(name).file_size
+    if size > limit:
+        raise ValueError(f"{name} has {size:,} bytes, more than {limit:,}")
+    with file.open(name) as member:
+        return member.read(limit)  # inflates no more than that, whatever the archive says of its size
 
 
 def _faces(file: zipfile.ZipFile, rows: list[dict[str, str]]) -> Iterator[NDArray[np.uint8]]:
     for row in rows:
         try:
-            yield decode(file.read(row["image"]), (SIDE, SIDE)).transpose(1, 2, 0)
+            yield decode(_read(file, row["image"], IMAGE), (SIDE, SIDE))
         except (ValueError, KeyError) as error:
             raise UserError(f"{file.filename}, {row.get('image')}: can't be read as an image: {error}") from None
 

@@ -25,11 +25,10 @@ def fetch_lfw(out: Path, files: dict[str, tuple[str, str]] = LFW) -> Path:
     what its sha256 says."""
     photos = out / "raw" / "lfw"
     for name, (number, sha256) in files.items():
-        if name == "lfw.tgz":
-            if not photos.is_dir():
-                _unpack(_retrieve(MIRROR + number, sha256, out / "raw", name), photos)
-        else:
+        if name != "lfw.tgz":
             _retrieve(MIRROR + number, sha256, out / "lfw", name)
+        elif not photos.is_dir():
+            _unpack(_retrieve(MIRROR + number, sha256, out / "raw", name), photos)
     return photos
 
 

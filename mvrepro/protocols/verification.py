@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mvrepro.protocols.scores import Floats, Largest, cosines, positive_chunk, rows_and_ids, unit
+from mvrepro.protocols.scores import Floats, Largest, cosines, positive_chunk, row_numbers, rows_and_ids, unit
 
 BINS = 200
 
@@ -122,10 +122,7 @@ def pair_cosines(embeddings: ArrayLike, left: ArrayLike, right: ArrayLike) -> ND
     a, b = np.asarray(left), np.asarray(right)
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"left and right must be (P,) each, got {a.shape} and {b.shape}")
-    for what, rows in (("left", a), ("right", b)):
-        if len(rows) and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(x)):
-            raise ValueError(f"{what} must be row numbers, integers from 0 to {len(x) - 1}")
-    return cosines(x, a.astype(np.intp), x, b.astype(np.intp))
+    return cosines(x, row_numbers("left", a, len(x)), x, row_numbers("right", b, len(x)))
 
 
 def impostor_pairs(ids: ArrayLike) -> int:

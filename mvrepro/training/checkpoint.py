@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import TEMPORARY, display, sync, write_json
+from mvrepro.errors import UserError, explain_os_error, first_words
+from mvrepro.files import TEMPORARY, display, read_json, sync, write_json
 from mvrepro.training.network import Network, part_of
 from mvrepro.training.ranks import Ranks
 
@@ -83,7 +83,7 @@ class Snapshots:
             folder, own = self.path(step), _own(self.ranks.rank)
             faults = [text for text in self.ranks.gather(_fault(folder, {COMMON, own})) if text]
             if not faults:
-                manifest = _manifest(folder)
+                manifest = read_json(folder / "manifest.json")
                 with self.ranks.together():
                     self._compare(manifest, folder, despite_changes)
                 return step, load_file(folder / COMMON), load_file(folder / own), manifest["progress"]
@@ -161,7 +161,7 @@ def read_backbone(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     Raises UserError."""
     if fault := _fault(path):
         raise UserError(f"{path} is not a readable checkpoint: {fault}")
-    manifest = _manifest(path)
+    manifest = read_json(path / "manifest.json")
     return manifest.get("built", {}), manifest["about"], part_of(load_file(path / COMMON), "backbone.")
 
 
@@ -169,7 +169,7 @@ def start_from(path: Path, network: Network) -> None:
     """Give the network the weights of a checkpoint; its loss may differ (that is how an MV loss starts from a margin
     model), and the number of ranks, its shapes may not. Raises UserError that names what does not fit."""
     _, _, backbone = read_backbone(path)
-    ranks = [load_file(path / _own(rank)) for rank in range(len(_manifest(path)["files"]) - 1)]
+    ranks = [load_file(path / _own(rank)) for rank in range(len(read_json(path / "manifest.json")["files"]) - 1)]
     weight = torch.cat([state.get("head.weight", torch.empty(0)) for state in ranks])
     expected = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in network.backbone.state_dict().items()}
     expected["head.weight"] = (network.head.num_classes, network.head.embedding_dim)
@@ -189,24 +189,29 @@ def _own(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
 
-def _manifest(folder: Path) -> Any:
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-
-
 def _fault(folder: Path, names: set[str] | None = None) -> str | None:
     """What is wrong with these files, or with any."""
     try:
-        manifest = _manifest(folder)
+        manifest = read_json(folder / "manifest.json")
         sha256 = manifest.pop("sha256")
         if sha256 != _digest(manifest):
             return "manifest.json does not have the SHA-256 that it names"
+        files, parts = manifest["files"], ("about", "files", *(("made_by", "progress") if names else ()))
+        if not all(isinstance(manifest[part], dict) for part in parts):
+            return "manifest.json is not whole"
+        if files.keys() != {COMMON, *map(_own, range(max(1, len(files) - 1)))}:
+            return "manifest.json names other files than a checkpoint has"
         # Of another number of ranks there may be no file for this one: the comparison says so.
-        for name in manifest["files"].keys() & names if names else manifest["files"]:
-            if _sha256(folder / name) != manifest["files"][name]:
+        for name in files.keys() & names if names else files:
+            if _sha256(folder / name) != files[name]:
                 return f"{name} does not have the SHA-256 that manifest.json names"
+            with safe_open(folder / name, "pt"):  # which reads the header and holds it against the file's size
+                pass
+    except SafetensorError as error:
+        return f"{name} can't be read ({first_words(error)})"
     except OSError as error:
         return f"{Path(error.filename or folder).name} can't be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is not whole"
     return None
 

@@ -13,12 +13,13 @@ from mvrepro.errors import UserError
 Range = tuple[float, float]
 COUNT: Range = (0, 2**31)  # of steps, images, …
 SHARE: Range = (0, 1)
+PART: Range = (1e-9, 1)  # a share that is not 0
 
 
 def setting(
     text: str, default: Any = MISSING, within: Range | None = None, *, one_of: tuple[str, ...] = (), free: bool = False
 ) -> Any:
-    """text: for --help; within: the least and the largest value, None where the head knows; one_of: the words.
+    """text: for --help; within: the least and the largest value, of which the head may refuse more; one_of: the words.
     free: may change when a run goes on, and between equal runs, since it decides nothing of the weights."""
     about = {"help": text, "within": within, "one_of": one_of, "free": free}
     return field(metadata=about, **({} if default is MISSING else {"default": default}))
@@ -70,11 +71,11 @@ class TrainConfig:
     decay_all: bool = setting("weight decay on biases and on the scales of batch norms, too", True)
     clip: float = setting("largest norm of the gradient of backbone and head together (0: any)", 0.0, (0, 1e38))
     # the loss
-    s: float = setting("scale of the cosines", 32.0)
-    m: float | None = setting("margin; default: that of the loss (AM 0.35, Arc 0.5, A 2)", None)
-    t: float = setting("strength of the emphasis on marked classes, >= 0 (MV and SV losses)", 0.2)
-    gamma: float = setting("exponent of the F losses", 2.0)
-    hard_ratio: float = setting("share of a batch that the HM losses keep", 0.9)
+    s: float = setting("scale of the cosines", 32.0, (1e-6, 1e6))
+    m: float | None = setting("margin; default: that of the loss (AM 0.35, Arc 0.5, A 2)", None, (0, 1e3))
+    t: float = setting("strength of the emphasis on marked classes, >= 0 (MV and SV losses)", 0.2, (0, 1e6))
+    gamma: float = setting("exponent of the F losses", 2.0, (0, 1e3))
+    hard_ratio: float = setting("share of a batch that the HM losses keep", 0.9, PART)
     easy_margin: bool = setting("the margin only where cosθ_y > 0, as in the authors' code", False)
     stop_gradient: bool = setting("no gradient through the emphasis of the adaptive form; not in the paper", False)
     t_warmup: int = setting("steps over which t grows from 0 (after the margin epochs)", 0, COUNT)
@@ -84,7 +85,7 @@ class TrainConfig:
         "runs; for a checkpoint of your own: --start-from)", "",
     )  # fmt: skip
     annealing: bool = setting("A-Softmax with the annealed λ of the authors' code", False)
-    sample_rate: float = setting("share of the classes that a step sees (Partial FC)", 1.0, SHARE)
+    sample_rate: float = setting("share of the classes that a step sees (Partial FC)", 1.0, PART)
     update_in_backward: bool = setting("the head's gradient never exists as a whole: less memory, no clipping", False)
     # the machine
     bfloat16: bool = setting("autocast the backbone to bfloat16; the head stays in float32", False)
@@ -154,7 +155,7 @@ def check(config: TrainConfig) -> None:
     """Refuse settings that make no sense before anything is computed; the head refuses its own. Raises UserError."""
     for item in fields(config):
         value, within = getattr(config, item.name), item.metadata["within"]
-        for one in value if isinstance(value, tuple) else (value,):
+        for one in value if isinstance(value, tuple) else () if value is None else (value,):
             if within and not (isinstance(one, int | float) and math.isfinite(one) and within[0] <= one <= within[1]):
                 short = within[1] >= 2**31 and not one > within[1]  # nobody comes near the upper end but who passes it
                 bound = f">= {within[0]:g}" if short else f"in {within[0]:g} … {within[1]:.10g}"

@@ -25,7 +25,7 @@ from mvrepro.training.batches import Feed, Order
 from mvrepro.training.checkpoint import Snapshots, is_checkpoint, start_from, write_checkpoint
 from mvrepro.training.config import OF_LOSSES, OF_OTHERS, TrainConfig, check, emphasis, rate
 from mvrepro.training.logs import Course, Logs, Pace
-from mvrepro.training.network import Network
+from mvrepro.training.network import Network, check_network
 from mvrepro.training.ranks import Ranks, joined
 from mvrepro.training.testing import Test, Tested, learned
 
@@ -76,8 +76,10 @@ def train(
     with joined(config) as ranks, closing(prepare(config, ranks)) as session:
         network, order = session.network, session.order
         snapshots = Snapshots(work / "snapshots", session.about(), CODE, config.keep_snapshots, ranks) if work else None
+        began = {}
         if begin:
             start_from(begin, network)
+            began = {"began_with": read_json(begin / "manifest.json").get("made_by", {})}
         first, progress = _first(snapshots, network, resume) if snapshots else (0, {})
         if first and first == order.steps and out and out.exists():
             ranks.say("the run has all its steps already")
@@ -94,7 +96,7 @@ def train(
             "config": config.decisive(),
             "config_hash": config_hash(config.decisive()),
             "code": CODE,
-            **({"began_with": read_json(begin / "manifest.json")["made_by"]} if begin else {}),
+            **began,
             "sizes": session.sizes(),
             "metrics": tested.metrics,
             "learned": learned(session.task, network, course.curve),
@@ -145,6 +147,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
         torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     with ranks.together():
+        check_network(config)
         task = tasks.load(config)
         order = Order(config, len(task.train), ranks.rank, ranks.count)
         shape = task.train.read(np.zeros(1, np.int64)).shape[1:]

@@ -48,14 +48,10 @@ class Network:
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.backbone = backbone.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
         self.head = head.to(ranks.device)
-        self.head.step = self.head.step.cpu()  # the warm-up of t would wait for the device to read it
         sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
         decays = [p for p in self.backbone.parameters() if p.ndim > 1 or config.decay_all]
         others = [p for p in self.backbone.parameters() if not (p.ndim > 1 or config.decay_all)]
-        groups: list[dict[str, Any]] = [
-            {"params": decays},
-            *([{"params": others, "weight_decay": 0.0}] if others else []),
-        ]
+        groups: list[dict[str, Any]] = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
         self.sgd = torch.optim.SGD(groups, **sgd)
         self.head_sgd: torch.optim.SGD | None = None
         if config.update_in_backward:
@@ -156,12 +152,6 @@ class Network:
         torch._foreach_mul_([*common, *own], (self.config.clip / (norm + 1e-6)).clamp(max=1))
         return norm
 
-    def full_weight(self) -> Tensor | None:
-        """(K, D) of all classes, on the CPU, on rank 0. Every rank must call it."""
-        if isinstance(self.head, ShardedHead):
-            return self.head.full_weight()
-        return self.head.weight.detach().cpu()
-
     def common_state(self) -> dict[str, Tensor]:
         """What is the same on all ranks (but for the running statistics of batch norms, of which rank 0's count)."""
         state = {f"backbone.{name}": tensor for name, tensor in self.backbone.state_dict().items()}
@@ -191,11 +181,7 @@ class Network:
     def start_from(self, backbone: dict[str, Tensor], weight: Tensor) -> None:
         """Begin with another run's weights; its loss may differ, and so may the number of its ranks."""
         self.backbone.load_state_dict(backbone)
-        if isinstance(self.head, ShardedHead):
-            self.head.load_full_weight(weight)
-        else:
-            with torch.no_grad():
-                self.head.weight.copy_(weight)
+        self.head.load_full_weight(weight)
 
 
 def _velocities(module: nn.Module, sgd: torch.optim.SGD) -> list[tuple[str, Tensor]]:
@@ -213,6 +199,13 @@ def _set_velocities(module: nn.Module, sgd: torch.optim.SGD, velocities: dict[st
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose names begin so, without that."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def check_network(config: TrainConfig) -> None:
+    """Refuse an unknown backbone, and what the head refuses, before any data is read. Draws no random numbers."""
+    networks.check_name(config.backbone)
+    with torch.device("meta"):
+        build_head(config, 2, Ranks(0, 1, torch.device("meta")))
 
 
 def build_head(config: TrainConfig, classes: int, ranks: Ranks) -> MarginHead:

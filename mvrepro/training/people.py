@@ -23,8 +23,8 @@ def select(tested: str, size: int, remove: str = "overlap", seed: int = 0) -> tu
     sizes  of each set: its people and images in `train`, and how many people were removed
     """
     names = ("celeba", "cfp" if tested == "lfw" else "lfw", *archives.ARCHIVES)
-    sets = {name: archives.archive(name, size) if name in archives.ARCHIVES else _photographs(name, size)
-            for name in names}  # fmt: skip
+    sets: dict[str, Pixels] = {name: archives.archive(name, size) if name in archives.ARCHIVES
+                               else getattr(photographs, name)(size) for name in names}  # fmt: skip
     of_test, of_any = (
         np.concatenate([np.isin(images.people, sorted(_known(name, *tests))) for name, images in sets.items()])
         for tests in ((tested,), ("lfw", "cfp"))
@@ -53,11 +53,6 @@ def select(tested: str, size: int, remove: str = "overlap", seed: int = 0) -> tu
             sizes[f"{name}_{what}"] = len(np.unique(every.labels[rows & (origin == name)]))
         sizes[f"{name}_images"] = int((train & (origin == name)).sum())
     return every.where(train), every.where((counts == 2) & ~in_tests), sizes | {"people_also_tested": also_tested}
-
-
-def _photographs(name: str, size: int) -> Pixels:
-    images: Pixels = getattr(photographs, name)(size)
-    return images
 
 
 def _known(name: str, *tested: str) -> set[str]:

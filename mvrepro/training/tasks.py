@@ -110,10 +110,9 @@ def on_lfw(
         more, evidence["all_pairs"] = _every_pair(ours, test, fprs)
         metrics |= more
         blufr = protocols.blufr(ours, trials)
-        dir_ = blufr.strict_dir if strict else blufr.dir
-        summary = blufr.strict_dir_summary if strict else blufr.dir_summary
-        evidence["blufr"] = {"vr": _round(blufr.vr), "dir": _round(dir_)}
-        metrics |= {"blufr_vr@far=0.001": blufr.vr_summary, "blufr_dir@far=0.01": summary}
+        rule = "strict_dir" if strict else "dir"
+        evidence["blufr"] = {"vr": _round(blufr.vr), "dir": _round(getattr(blufr, rule))}
+        metrics |= {"blufr_vr@far=0.001": blufr.summary("vr"), "blufr_dir@far=0.01": blufr.summary(rule)}
         if hard:
             more, evidence["hard"] = _kfold("hard", ours, hard)
             metrics |= more

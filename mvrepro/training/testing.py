@@ -57,7 +57,7 @@ class Test:
         embeddings = np.empty((len(task.test), config.embedding_dim), np.float32)
         for rank, rows in enumerate(ranks.gather(np.concatenate(parts))):
             embeddings[rank :: ranks.count] = rows
-        weight = network.full_weight() if task.features else None
+        weight = network.head.full_weight() if task.features else None
         found = Tested({}, {}, {})
         with ranks.together():
             if ranks.rank == 0:

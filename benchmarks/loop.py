@@ -14,6 +14,8 @@ from mvrepro.errors import UserError
 from mvrepro.files import ROOT, check_file, display, write_json
 from mvrepro.training.config import check, rate
 
+WARM_UP = 8  # steps, where time is short
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     door.add_settings(parser, profile="paper")
@@ -49,16 +51,17 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(session: Any, rounds: int, budget: float = math.inf) -> dict[str, Any]:
+def measure(session: Any, rounds: int, budget: float = math.inf, wanted: int | None = None) -> dict[str, Any]:
     """Rounds of the whole loop and of the bare passes, one after the other in this process.
 
     loop  the session's own step: data, forward, head, backward, clipping, SGD
     bare  forward and backward of the same backbone on one batch that lies on the device already: no head, no
           gradient exchanged between ranks, no step of SGD
-    A round is long enough that batches read during the bare passes don't hide what reading costs. ratio: the median
-    of the rounds' bare time over loop time, with quartiles. Two rounds come first and don't count. After `budget`
-    seconds no further round begins, though one counts. other_cores: how many the other processes of this machine kept
-    busy, those that read images and other ranks among them.
+    A round has `wanted` steps, and unless they are given so many that batches read during the bare passes don't hide what
+    reading costs. ratio: the median of the rounds' bare time over loop time, with quartiles. Two rounds come first and
+    don't count; with a `budget` of seconds one of a few steps, and no further round begins that would not end within
+    it, though one counts. other_cores: how many the other processes of this machine kept busy, those that read images
+    and other ranks among them.
     """
     import torch
 
@@ -69,8 +72,9 @@ def measure(session: Any, rounds: int, budget: float = math.inf) -> dict[str, An
     started = time.perf_counter()
     config, ranks = session.config, session.ranks
     network, order = session.network, session.order
-    steps = max(1, 8 * config.workers)  # twice what the processes that read keep ready
-    order.steps = (rounds + 2) * steps
+    steps = wanted or max(1, 8 * config.workers)  # twice what the processes that read keep ready
+    first = [min(steps, WARM_UP)] if budget < math.inf else [steps, steps]
+    order.steps = sum(first) + rounds * steps
     feed = Feed(config, session.task.train, order, ranks)
     parts = config.accumulate
     part = config.batch_size // (ranks.count * parts)
@@ -79,11 +83,11 @@ def measure(session: Any, rounds: int, budget: float = math.inf) -> dict[str, An
     gradient = torch.randn(part, config.embedding_dim, device=ranks.device)
     forward = torch.compile(network.backbone) if config.compile else network.backbone
 
-    def whole(first: int) -> None:
-        for number in range(first, first + steps):
+    def whole(done: int, steps: int) -> None:
+        for number in range(done, done + steps):
             network.step(feed, number, rate(config, number, order.steps, order.an_epoch))
 
-    def bare() -> None:
+    def bare(steps: int) -> None:
         for _ in range(steps):
             network.sgd.zero_grad()
             for _ in range(parts):
@@ -92,13 +96,15 @@ def measure(session: Any, rounds: int, budget: float = math.inf) -> dict[str, An
                 embeddings.float().backward(gradient)
 
     found: dict[str, list[float]] = {"loop": [], "bare": [], "waiting": [], "others": []}
-    for number in range(rounds + 2):
-        if number > 2 and time.perf_counter() - started > budget:
+    done = 0
+    for number, count in enumerate([*first, *[steps] * rounds]):
+        began, before, waited = time.perf_counter(), busy_seconds(), feed.waited
+        if number > len(first) and began - started + found["loop"][-1] * steps + found["bare"][-1] * steps > budget:
             break
-        waited, began, before = feed.waited, time.perf_counter(), busy_seconds()
-        loop = seconds(partial(whole, number * steps), ranks.device.type)
-        alone = seconds(bare, ranks.device.type)
-        if number >= 2:
+        loop = seconds(partial(whole, done, count), ranks.device.type)
+        alone = seconds(partial(bare, count), ranks.device.type)
+        done += count
+        if number >= len(first):
             found["loop"].append(loop / steps)
             found["bare"].append(alone / steps)
             found["others"].append(others(began, before))

@@ -23,7 +23,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from mvrepro.errors import UserError, first_words
 from mvrepro.files import write_atomic
 from mvrepro.heads.margin import MarginHead
 
+SIZES = {"in_channels": (1, 1024), "image_size": (1, 4096), "embedding_dim": (1, 65536)}  # of a backbone's file
 OURS, INSIGHTFACE = (127.5, 128.0), (127.5, 127.5)  # mean and std of pixels 0 … 255
 
 # where a checkpoint has the weight of a head
@@ -162,15 +163,31 @@ def read_backbone(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable backbone: {error}") from None
     about = {"in_channels": 3, "image_size": networks.SIDE, **about} if isinstance(about, dict) else {}
-    if about.keys() != {"backbone", "in_channels", "image_size", "embedding_dim"}:
+    if about.keys() != {"backbone", *SIZES}:
         raise UserError(f"{path} does not say which backbone it holds: it was not written by save_backbone")
     return rebuilt(path, about, state), about
 
 
 def rebuilt(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    """The network that `about` says, with these weights, in evaluation mode."""
-    name = about["backbone"]
-    model = networks.build(name, **{key: value for key, value in about.items() if key != "backbone"})
+    """The network that `about` says, with these weights, in evaluation mode. Raises UserError for what networks.build
+    does not take, and before memory is taken for a network of which the file does not hold the weights."""
+    name, sizes = about.get("backbone"), {key: value for key, value in about.items() if key != "backbone"}
+    if name not in networks.NETWORKS:  # a tuple: what can't be hashed is looked for, too
+        raise UserError(f"{path} says that it holds the backbone {name!r}; known are: {', '.join(networks.NETWORKS)}")
+    for key, (least, most) in SIZES.items():
+        value = sizes.get(key)
+        if type(value) is not int or not least <= value <= most:
+            raise UserError(f"{path} says {key} {value!r}, expected a number in {least} … {most}")
+    try:
+        with torch.device("meta"):
+            wanted = networks.build(name, **sizes).state_dict()
+    except RuntimeError as error:
+        raise UserError(f"{path} holds no {name} of {sizes}: {first_words(error)}") from None
+    for key, tensor in wanted.items():
+        found = tuple(state[key].shape) if key in state else "missing"
+        if found != tuple(tensor.shape):
+            raise UserError(f"{path} does not fit {name}: {key} is {found}, expected {tuple(tensor.shape)}")
+    model = networks.build(name, **sizes)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -218,8 +235,12 @@ def load_onnx(path: Path, threads: int = 0) -> Embedder:
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a core that is shared waits in vain
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        network = onnx.load(path, load_external_data=False)
+        _check_external(path, network, onnx)
+        graph = network.graph
         session = onnxruntime.InferenceSession(path, options, onnxruntime.get_available_providers())
+    except UserError:
+        raise
     except Exception as error:  # either has many errors of its own
         raise UserError(f"{path} is not a readable ONNX network: {first_words(error)}") from None
     inputs = session.get_inputs()
@@ -241,6 +262,29 @@ def load_onnx(path: Path, threads: int = 0) -> Embedder:
     ours = (inputs[0].name, session.get_outputs()[0].name) == ("images", "embeddings")
     normalise = (0.0, 1.0) if _scales(graph, inputs[0].name) else OURS if ours else INSIGHTFACE
     return Embedder(run, shape[1], shape[2], shape[0], normalise)
+
+
+def _check_external(path: Path, network: Any, onnx: Any) -> None:
+    """Weights may lie in other files, in the folder of the network or below. Raises UserError where it names one that
+    is elsewhere: what lies there would be read."""
+    folder = path.absolute().parent
+    for tensor in _tensors(network, onnx):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+            file = (folder / place).resolve()
+            if not file.is_relative_to(folder.resolve()) or not file.is_file():
+                raise UserError(f"{path} has weights in {place!r}, which is no file in its folder: refused")
+
+
+def _tensors(message: Any, onnx: Any) -> Iterator[Any]:
+    """Those of an ONNX network, wherever they stand: among its weights, in attributes, in graphs within graphs."""
+    for field, value in message.ListFields():
+        if field.message_type:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                if isinstance(part, onnx.TensorProto):
+                    yield part
+                else:
+                    yield from _tensors(part, onnx)
 
 
 def _scales(graph: Any, name: str) -> bool:

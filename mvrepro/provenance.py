@@ -137,6 +137,7 @@ def provenance(started: float, device: str, threads: int) -> dict[str, Any]:
         "dirty": None if changed is None else bool(changed),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()})",
         "cpus": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512, …: other last bits
         "threads": threads,
         "flags": {name: os.environ.get(name) for name in ENVIRONMENT},
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),

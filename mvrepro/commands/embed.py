@@ -56,6 +56,8 @@ def _run(arguments: argparse.Namespace) -> int:
     network = _network(path, arguments.threads)
     size = network.size if arguments.size is None else arguments.size
     channels = network.channels or (1 if arguments.colour == "grey" else 3)
+    if channels not in (1, 3):
+        raise UserError(f"{path} takes images of {channels} channels; there are only grey ones and coloured ones")
     colour = arguments.colour or ("grey" if channels == 1 else "rgb")
     if size is None or not 1 <= size <= 4096:
         raise UserError(f"{path} takes images of any size: say which with --size, in 1 … 4096")
@@ -168,7 +170,12 @@ def _is_complete(out: Path, about: dict[str, Any]) -> bool:
     """Whether all is there. Raises UserError where the folder holds something else."""
     known = out / "about.json"
     if known.is_file():
-        before = read_json(known)
+        try:
+            before = read_json(known)
+        except (OSError, ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{known} is damaged, so nothing tells what {out} holds: remove it or choose another place")
         if other := [
             f"{name} was {before.get(name)}, is {value}" for name, value in about.items() if before.get(name) != value
         ]:

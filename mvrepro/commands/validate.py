@@ -1,7 +1,6 @@
 """`python -m mvrepro validate`: do the committed results still hold? Nothing is trained or written."""
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from mvrepro.determinism import environment
 from mvrepro.errors import UserError
 from mvrepro.evidence import claims
 from mvrepro.files import RESULTS, ROOT, display
-from mvrepro.terminal import end
+from mvrepro.terminal import child
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +44,6 @@ def _execute(notebooks: list[Path], profile: str) -> int:
     settings = environment(threads=1) | {"MVREPRO_VALIDATE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "mvrepro.pages.check", "-p", "no:cacheprovider"]
     command += ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=300", "-n", "2", "--dist", "loadfile"]
-    tests = subprocess.Popen(
-        [*command, *map(str, notebooks), "tests/test_notebook_hygiene.py"],
-        cwd=ROOT, env=settings, start_new_session=True,  # at Ctrl-C it would have much to say
-    )  # fmt: skip
-    try:
+    command += [*map(str, notebooks), "tests/test_notebook_hygiene.py"]
+    with child(command, cwd=ROOT, env=settings) as tests:
         return tests.wait()
-    finally:
-        end(tests)

@@ -57,7 +57,7 @@ def measure(session: Any, rounds: int, budget: float = math.inf, wanted: int | N
     loop  the session's own step: data, forward, head, backward, clipping, SGD
     bare  forward and backward of the same backbone on one batch that lies on the device already: no head, no
           gradient exchanged between ranks, no step of SGD
-    A round has `wanted` steps, and unless they are given so many that batches read during the bare passes don't hide what
+    A round has `wanted` steps, and without them so many that batches read during the bare passes don't hide what
     reading costs. ratio: the median of the rounds' bare time over loop time, with quartiles. Two rounds come first and
     don't count; with a `budget` of seconds one of a few steps, and no further round begins that would not end within
     it, though one counts. other_cores: how many the other processes of this machine kept busy, those that read images

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("raw", type=Path, help="folder of photos, in any depth")
     sub.add_argument("out", type=Path, help="gets images/… as the photos lie, landmarks.tsv and photos.tsv")
     text = "the face of several: nearest the centre (LFW, CFP; default) or the largest (CelebA)"
-    sub.add_argument("--pick", choices=align.PICKS, default="centre", help=text)
+    sub.add_argument("--pick", choices=["centre", "largest"], default="centre", help=text)
     text = "how many photos that can't be read may be passed over (default: 100); passed_over.txt lists them"
     sub.add_argument("--bad-limit", type=int, default=100, metavar="N", help=text)
 

@@ -90,7 +90,8 @@ def test_the_answer_is_that_of_the_runs():
     for said in (
         f"as far as {faces[faces['loss'] == 'AM-Softmax']['seed'].nunique()} seeds can tell",
         f"`faces` has {len(long)} runs of {record['config']['epochs']} epochs, on "
-        f"{sizes['train_images']:,} photographs of {sizes['train_classes']:,} people, and {len(every) - len(long)} that go on for {go_on} more. "
+        f"{sizes['train_images']:,} photographs of {sizes['train_classes']:,} people, "
+        f"and {len(every) - len(long)} that go on for {go_on} more. "
         f"All but {['none', 'one'][sum(r['learned']['top1'] < gate['top1'] for r in every)]} have learned.",
         f"recognises {am['top1']:.0f} % of its training images (top-1), with {am['marked_share']:.1f} % of the wrong",
         f"Softmax {mean.loc['Softmax', 'rank1']:.1f} %, "

@@ -144,6 +144,7 @@ def difference(frame: pd.DataFrame, column: str, better: str, worse: str, **clai
     seeds than FEWEST, or min_seeds."""
     if column not in frame:
         return None
+    frame = frame[frame[column].notna()]  # older runs may not measure it
     sides = [(loss, claim.get(f"{side}_variant", "")) for side, loss in (("better", better), ("worse", worse))]
     first, second = (runs.by_seed(frame[frame["variant"] == variant], column, loss) for loss, variant in sides)
     seeds = first.index.intersection(second.index)

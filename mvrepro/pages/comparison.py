@@ -23,7 +23,7 @@ from mvrepro.pages import plots
 from mvrepro.pages.plots import Side, short
 from mvrepro.pages.report import Report
 
-AFTER = "after AM-Softmax"  # the variant that goes on from a converged AM network
+AFTER = "after AM-Softmax"  # the variant that goes on from a trained AM network
 AHEAD, BEHIND, NO_GAIN = "ahead", "behind", "no gain that matters"
 UNDECIDED, NOT_TESTABLE = "cannot be told apart", "not testable here"
 COLUMNS = ["name", "better", "worse", "over", "mean", "low", "high", "p", "n", "seeds", "visible", "matters", "reading"]

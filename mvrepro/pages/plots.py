@@ -163,8 +163,11 @@ def _by_epoch(kinds: Kinds, columns: Mapping[str, str], fig: Figure, axes: Any) 
         ax.set_ylabel(label)
         ends = [end for name in kinds for end in (min(data[f"{name}: {column}"]), max(data[f"{name}: {column}"]))]
         if column in LOGARITHMIC and max(ends) > 10 * min(ends):
-            ax.set_yscale("symlog", linthresh=LOGARITHMIC[column])
-            ax.set_ylim(bottom=0)
+            if min(ends) > 0:
+                ax.set_yscale("log")
+            else:
+                ax.set_yscale("symlog", linthresh=LOGARITHMIC[column])
+                ax.set_ylim(bottom=0)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * axes.shape[1])
     return fig, data
 

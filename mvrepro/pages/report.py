@@ -52,14 +52,17 @@ class Report:
             print(f"figures and values of this notebook go to {shown(self.folder)}")
         plots.use_style()
 
-    def header(self, *, section: str, equations: str, tested: str, run_time: str, in_short: str = "") -> None:
+    def header(
+        self, *, section: str, equations: str, tested: str, run_time: str, in_short: str = "", trained: bool = True
+    ) -> None:
         """The box at the top: the section of the paper, its equations, what is tested, what a long page found,
-        the verdicts so far, and how long the notebook takes. All strings are Markdown."""
+        the verdicts so far, and how long the notebook takes. All strings are Markdown. trained: whether it shows
+        runs of its profile, which the box then describes."""
         verdicts = claims.evaluate(self.profile, self.notebook)
         # Claims about exact values are judged at the end of the notebook that computes them: here they
         # would show what an earlier execution left.
         exact = {claim["id"] for claim in claims.load() if claim["rule"] == "bound"}
-        about = f"`{self.profile}`: {claims.metrics()[self.profile].get('about', '')}"
+        about = f"`{self.profile}`: {claims.metrics()[self.profile].get('about', '')}" if trained else ""
         rows = [("Section of the paper", section), ("Equations", equations), ("Tested here", tested)]
         rows += [("In short", in_short), ("Profile", about)]
         rows += [(v.verdict, f"{v.claim}: {v.found}") for v in verdicts if v.id not in exact]

@@ -767,6 +767,7 @@ def test_labels_in_json_are_read_where_there_is_no_cls(tmp_path: Path) -> None:
         ([("a.cls", b"-1"), ("a.jpg", b"1")], r"a\.cls: expected a class id, got '-1'"),
         ([("a.cls", b"\xff"), ("a.jpg", b"1")], r"expected a class id"),
         ([("a.cls", b"1"), ("a.cls", b"1"), ("a.jpg", b"1")], "a has two class ids"),
+        ([("a.json", b"1"), ("a.json", b"0"), ("a.jpg", b"1")], r"a has two class ids \(\.json\)"),
         ([("a.cls", b"1"), ("a.png", b"1"), ("a.jpg", b"1")], "a has two images"),
         ([], "no images there"),
         ([("a.cls", b"1"), ("a.jpg", b"1")], "1 of the class ids 0 … 1 have no image: 0;"),
@@ -782,6 +783,13 @@ def test_a_damaged_or_compressed_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(UserError, match=r"x\.tar: (cut off|not a whole)"):
         images.open_images(path)
+    whole = make_tar(tmp_path / "y.tar", [("a.cls", b"0"), ("a.jpg", b"1")]).read_bytes()
+    path.write_bytes(whole + bytes(3 << 20))
+    assert len(images.open_images(path)) == 1
+    for more in (whole, bytes(2 << 20) + whole, b"junk" * 200):
+        path.write_bytes(whole + more)
+        with pytest.raises(UserError, match=r"x\.tar: more follows its end at byte 2048, .* keep each in a file"):
+            images.open_images(path)
     path.write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match="not a whole, uncompressed tar"):
         images.open_images(path)

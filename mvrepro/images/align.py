@@ -25,6 +25,7 @@ TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 TABLES = ("landmarks.tsv", "photos.tsv")
+PICKS = ("centre", "largest")
 QUALITY = 90  # of the JPEGs
 LONGEST = 500  # side of what MTCNN sees: larger photos are made smaller for it, which their faces bear and time needs
 

@@ -201,8 +201,10 @@ def test_lists_without_a_header_are_cut_into_ten_runs_of_each_kind(tmp_path: Pat
     [
         (3, ["m.0a_0001.jpg 1 2"], "line 3: expected image flag image flag, got 'm.0a_0001.jpg 1 2 m.0a_0002.jpg 1'"),
         (4, ["m.0a_0002.jpg 0"], "line 3: expected image flag image flag, got 'm.0a_0001.jpg 1 m.0a_0002.jpg 0'"),
-        (4, [], r"line 39: expected image flag image flag, got 'm.0b_0001.jpg 0 '|line 19: expected image flag"),
+        (4, [], r"line 3: an image with itself is no pair, got 'm.0a_0001.jpg 1 m.0a_0001.jpg 1'"),
+        (40, [], r"line 39: expected image flag image flag, got 'm.0a_0001.jpg 0 '"),
         (3, ["m.0c_0001.jpg 1"], "line 3: there is no image m.0c_0001"),
+        (2, ["m.0a_0001.jpg 1"], "line 1: an image with itself is no pair"),
         (1, ["m.0a_0001.jpg 0", "m.0b_0001.jpg 0", "m.0a_0001.jpg"], "line 3: expected image flag image flag"),
     ],
 )
@@ -411,6 +413,9 @@ BAD_LFW_PAIRS = [
     (2, ["Al_Z 1 3"], r"line 2: there is no image Al_Z_0003$"),
     (2, ["Al_Z 1 ²"], r"line 2: there is no image Al_Z_²$"),
     (2, ["Al_Z 1 -2"], r"line 2: there is no image Al_Z_-2$"),
+    (3, ["Al_Z 1 Al_Z 2"], r"line 3: expected name i other j, got 'Al_Z 1 Al_Z 2'$"),
+    (2, ["Al_Z 1 1"], r"line 2: an image with itself is no pair, got 'Al_Z 1 1'$"),
+    (5, ["Bo-Bo 3 Al_Z 2"], r"lines 3 and 5: Al_Z_0002 and Bo-Bo_0003 stands there twice$"),
     (5, ["D_B_Cy 1 al_z_jr 1"], r"line 5: there is no image al_z_jr_0001$"),
 ]
 

@@ -248,7 +248,7 @@ def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
     if flags:
         couples = zip_longest(lines[::2], lines[1::2], fillvalue=(0, ""))
         lines = [(number, f"{first} {second}") for (number, first), (_, second) in couples]
-    found = []
+    found, numbered = [], list[tuple[int, str]]()
     for place, (number, line) in enumerate(lines[titled:]):
         first, second, same = _two_images(line.split(), flags)
         expected = place % (2 * half) < half if titled else same
@@ -258,7 +258,12 @@ def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
         for name in (first, second):
             if name not in row:
                 raise UserError(f"{path}, line {number}: there is no image {name}")
+        if first == second:
+            raise UserError(f"{path}, line {number}: an image with itself is no pair, got {line!r}")
         found.append((row[first], row[second], same, place // (2 * half) if titled else 0))
+        if titled:
+            numbered.append((number, " and ".join(sorted((first, second)))))
+    check_once(path, numbered)
     pairs = _pairs(found)
     for side in () if titled else (True, False):
         rows = np.flatnonzero(pairs.same == side)
@@ -277,7 +282,7 @@ def _two_images(parts: list[str], flags: bool) -> tuple[str, str, bool]:
             return plain_name(first), plain_name(second), flag != "0"
         case [person, i, j] if not flags:
             return _shot(person, i), _shot(person, j), True
-        case [person, i, other, j] if not flags:
+        case [person, i, other, j] if not flags and person != other:
             return _shot(person, i), _shot(other, j), False
     return "", "", False
 

@@ -373,8 +373,15 @@ def test_a_record_damaged_in_the_middle_has_no_class_id(tmp_path: Path) -> None:
 def test_names_of_classes_must_fit(tmp_path: Path) -> None:
     images.write_rec(tmp_path / "set" / "train.rec", memory(PAIRS))
     (tmp_path / "set" / "classes.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2"):
+    with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2: add"):
         images.open_images(tmp_path / "set")
+    whole = images.open_images(make_folder(tmp_path / "people")).classes
+    assert whole is not None
+    for heading in ("name", "# classes"):
+        (tmp_path / "set" / "classes.txt").write_text("\n".join([heading, *whole]))
+        for options in ({}, {"allow_holes": True}, {"renumber": True}):
+            with pytest.raises(UserError, match=r"has 4 names, the class ids go to 2: take out what is no name, such"):
+                images.open_images(tmp_path / "set", **options)
     for name in ("../out", "", ".", ".."):
         (tmp_path / "set" / "classes.txt").write_text(f"a\nb\n{name}\n")
         with pytest.raises(UserError, match=r"can't be the name of a folder|classes\.txt has 2 names"):
@@ -821,6 +828,13 @@ def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
     assert source.where(3).endswith("Ångström/0.JPG")
     assert source.renumbered().classes == ["b c", "Ångström"]
     assert items(source.renumbered())[3] == (IMAGES[4], 1)
+
+
+def test_a_class_without_images_at_the_end_loses_its_name_with_them(tmp_path: Path) -> None:
+    source = images.open_images(make_folder(tmp_path / "people")).without(np.array([2]))
+    images.write_tars(tmp_path / "tars", source, shard_size=3)
+    assert images.open_images(tmp_path / "tars").classes == ["b c", "d"]
+    assert images.open_images(tmp_path / "tars" / "000000.tar").classes == ["b c", "d"]  # a shard of two
 
 
 # Class ids and decoding

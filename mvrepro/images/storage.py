@@ -146,7 +146,7 @@ def read_classes(folder: Path) -> list[str] | None:
 
 
 def write_classes(folder: Path, source: Encoded) -> None:
-    if names := class_names(source):
+    if names := class_names(source)[: int(source.labels.max()) + 1]:
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 

@@ -421,8 +421,12 @@ def test_names_that_can_not_be_written_are_refused_before_anything_is(
         folder = tmp_path / "set" / os.fsdecode(name)
         folder.mkdir(parents=True)
         (folder / "1.jpg").write_bytes(IMAGES[0])
-    source = images.open_images(tmp_path / "set")
-    assert source.read(np.arange(2)).shape == (2, 3, SIZE, SIZE)
+    classes = [os.fsdecode(name) for name in sorted(names)]
+    source: images.Encoded = images.Memory([IMAGES[0]] * 2, np.arange(2), "two")
+    source.classes = classes
+    if "both" not in message:  # else a folder isn't opened
+        source = images.open_images(tmp_path / "set")
+        assert (source.read(np.arange(2)).shape, source.classes) == ((2, 3, SIZE, SIZE), classes)
     out = tmp_path / "out"
     write = {
         "rec": lambda: images.write_rec(out / "train.rec", source),
@@ -433,6 +437,15 @@ def test_names_that_can_not_be_written_are_refused_before_anything_is(
         with pytest.raises(UserError, match=message):
             write()
     assert not out.exists() and not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize("names", [("Ann", " Ann"), ("Zoe\u0308", "Zo\u00eb")])
+def test_two_folders_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(IMAGES[0])
+    with pytest.raises(UserError, match=r"the folders '.*' and '.*' are both called .*: rename one"):
+        images.open_images(tmp_path)
 
 
 def test_folders_that_are_no_persons_do_not_stop_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.images.source import SUFFIXES, Encoded
-from mvrepro.images.storage import class_names, new_set
+from mvrepro.images.storage import alike, class_names, new_set
 
 HIDDEN = (".", "__MACOSX", "lost+found")  # how names of files and folders begin that systems make for themselves
 
@@ -70,6 +70,9 @@ class Folder(Files):
         if not counts:
             raise UserError(f"{root}: none of its folders can be read, such as {passed_over[0]}")
         self.classes, self.passed_over = list(counts), passed_over
+        if twice := alike(self.classes):
+            one, other, plain = self.classes[twice[0]], self.classes[twice[1]], twice[2]
+            raise UserError(f"{root}: the folders {one!a} and {other!a} are both called {plain}: rename one")
         self.labels = np.repeat(np.arange(len(counts)), list(counts.values()))
 
 

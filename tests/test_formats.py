@@ -965,6 +965,35 @@ def test_every_mode_comes_out_right_or_is_refused_by_name(mode: str) -> None:
         np.testing.assert_allclose(images.decode(buffer.getvalue()), np.broadcast_to(expected, (3, SIZE, SIZE)), atol=1)
 
 
+def tiff(bits: int, photometric: int, data: bytes) -> bytes:
+    """A grey one without compression, by hand."""
+    tags = {256: SIZE, 257: SIZE, 258: bits, 259: 1, 262: photometric, 273: 122, 277: 1, 278: SIZE, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
+
+
+def test_grey_of_sixteen_bits_comes_out_right_or_is_refused() -> None:
+    deep, right = (RAMP * 257).astype("<u2"), np.broadcast_to(RAMP, (3, SIZE, SIZE))
+    assert (images.decode(tiff(16, 1, deep.tobytes())) == right).all()
+    assert (images.decode(tiff(16, 0, (65535 - deep).tobytes())) == right).all()  # 0 is white
+    with pytest.raises(ValueError, match="a TIFF of 12 bits a pixel, expected 8 or 16"):
+        images.decode(tiff(12, 1, bytes(SIZE * SIZE * 3 // 2)))
+    clear = int(deep.max())
+    Image.fromarray(deep).save(buffer := io.BytesIO(), "PNG", transparency=clear)
+    assert (images.decode(buffer.getvalue()) == np.where(deep == clear, 0, right)).all()
+
+
+def test_images_that_are_stored_turned_have_the_size_that_is_seen() -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.new("RGB", (40, 20), "red").save(buffer := io.BytesIO(), "JPEG", exif=turned)
+    lying = buffer.getvalue()
+    assert decoded([(lying, 0)] * 2, size=None).read(np.arange(2)).shape == (2, 3, 40, 20)
+    Image.new("RGB", (40, 20), "red").save(buffer := io.BytesIO(), "JPEG")
+    with pytest.raises(UserError, match="image 1: 40×20 pixels, expected 20×40"):
+        decoded([(lying, 0), (buffer.getvalue(), 0)], size=None).read(np.arange(2))
+
+
 def test_an_image_of_too_many_pixels_is_refused() -> None:
     buffer = io.BytesIO()
     Image.new("1", (12_000, 12_000)).save(buffer, "PNG")

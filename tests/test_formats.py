@@ -287,6 +287,12 @@ def test_a_wrong_index_is_named(tmp_path: Path, damage, message: str) -> None:
         images.open_images(path)
 
 
+def test_an_index_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = by_hand(tmp_path / "set", insightface())
+    path.with_suffix(".idx").write_text(path.with_suffix(".idx").read_text(), encoding="utf-8-sig")
+    assert items(images.open_images(path)) == PAIRS
+
+
 def test_a_byte_wrong_in_the_middle_is_named_when_it_is_read(tmp_path: Path) -> None:
     path = by_hand(tmp_path / "set", insightface())
     offset = int(path.with_suffix(".idx").read_text().splitlines()[1].split()[1])
@@ -663,14 +669,14 @@ def test_a_pickle_that_asks_for_more_is_refused_and_not_run(
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01a\x85R.",
         b"cnumpy\nload\n(S'x'\ntR.",  # of NumPy only what makes arrays
         b"cnumpy\ndtype\n(S'V8'\ntR.",
+        b"\x80\x02]r" + struct.pack("<I", 1 << 26) + b".",  # Python makes room for 67 million things
+        b"(lp99999999\n.",
     ],
 )
 def test_pickles_by_hand_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(UserError, match=r"refused|not a whole pickle"):
-        b"\x80\x02]r" + struct.pack("<I", 1 << 26) + b".",  # Python makes room for 67 million things
-        b"(lp99999999\n.",
         images.read_bin(tmp_path / "x.bin")
     assert not (tmp_path / "called").exists()
 

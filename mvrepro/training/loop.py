@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError
-from mvrepro.files import LOCAL, check_writable, display, read_json, write_atomic, write_json
+from mvrepro.files import LOCAL, check_file, check_writable, display, read_json, write_atomic, write_json
 from mvrepro.losses import LOSSES
 from mvrepro.provenance import code_hash, config_hash, provenance
 from mvrepro.training import tasks
@@ -71,7 +71,9 @@ def train(
     for place in filter(None, (out, work)):
         if save and place.resolve().is_relative_to(save.resolve()):  # what lies there makes room for a checkpoint
             raise UserError(f"--out {display(place)} lies in --save {display(save)}: choose another place for one")
-    for place in filter(None, (out, work, save)):
+    if out:
+        check_file(out)
+    for place in filter(None, (work, save)):
         check_writable(place)
     with joined(config) as ranks, closing(prepare(config, ranks)) as session:
         network, order = session.network, session.order

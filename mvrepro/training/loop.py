@@ -133,6 +133,20 @@ def check_used(config: TrainConfig, given: Iterable[str]) -> None:
             others = ", ".join(data for data in (*tasks.TASKS, "PATH") if name in tasks.settings_of(data))
         if others:
             raise UserError(f"--{name.replace('_', '-')} decides nothing with {here}; it does with {others}")
+    _check_reached(config, set(given))
+
+
+def _check_reached(config: TrainConfig, given: set[str]) -> None:
+    """Refuse what was asked for by name and lies behind the end of the run. Raises UserError."""
+    limit, most = ("steps", config.steps) if config.steps else ("epochs", config.epochs)
+    values = {name: getattr(config, name) for name in ("warmup", "t_warmup", "test_every")} if config.steps else {}
+    if not config.steps and most:
+        values = {"milestones": max(config.milestones, default=0) + 1, "margin_epochs": config.margin_epochs + 1}
+    for name in (name for name in values if name in given):
+        value = getattr(config, name)
+        if value and values[name] > most:
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{name.replace('_', '-')} {text} lies behind the end of the run, --{limit} {most}")
 
 
 def made_by(config: TrainConfig) -> dict[str, str]:
@@ -152,6 +166,10 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
         check_network(config)
         task = tasks.load(config)
         order = Order(config, len(task.train), ranks.rank, ranks.count)
+        if config.warmup > order.steps > 0 and not config.steps:
+            raise UserError(
+                f"a warm-up of {config.warmup:,} steps, but the run has {order.steps:,}: set a --warmup below"
+            )
         shape = task.train.read(np.zeros(1, np.int64)).shape[1:]
     network = Network(config, int(task.train.labels.max()) + 1, shape, ranks)
     return Session(config, ranks, task, order, network, Test(task, network))

@@ -899,7 +899,7 @@ def test_a_file_that_cannot_be_read_is_as_good_as_one_that_does_not_decode(
     (tmp_path / "set" / "a").mkdir(parents=True)
     (tmp_path / "set" / "a" / "1.png").write_bytes(image(1))
     (tmp_path / "set" / "a" / "2.png").symlink_to("nowhere.png")
-    (tmp_path / "set" / "a" / "3.png").mkdir()
+    (tmp_path / "set" / "a" / "3.png").symlink_to("3.png")
     source = images.open_images(tmp_path / "set")
     assert len(source.read(np.arange(3))) == 3 and source.bad == {1, 2}
     assert main(["data", "inspect", str(tmp_path / "set"), "--decode"]) == 1

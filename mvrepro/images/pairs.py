@@ -166,7 +166,10 @@ def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
     images, same = [_bytes(image) for image in value[0]], value[1]
     wrong = next((i for i, image in enumerate(images) if not isinstance(image, bytes)), None)
     if wrong is not None:
-        raise UserError(f"{path}: image {wrong} is {type(images[wrong]).__name__}, expected bytes")
+        one = images[wrong]
+        what = f"an array of shape {one.value.shape} and type {one.value.dtype}" if isinstance(one, _Array) else None
+        rule = ": pixels must be (H, W, 3) of uint8" if what else ""
+        raise UserError(f"{path}: image {wrong} is {what or type(one).__name__}, expected bytes{rule}")
     wrong = next((i for i, item in enumerate(same) if not (isinstance(item, int) and item in (0, 1))), None)
     if wrong is not None:
         raise UserError(f"{path}: pair {wrong} is {type(same[wrong]).__name__}, expected a boolean")

@@ -397,7 +397,11 @@ def test_sizes_that_cannot_be_are_refused(root: Path, kept: Callable[[], list[Pa
 
 
 BAD_LFW_PAIRS = [
-    (1, ["2 1 1"], r"line 1: expected 'folds pairs' or 'pairs', got '2 1 1'$"),
+    (
+        1,
+        ["2 1 1"],
+        r"line 1: expected 'folds pairs' or 'pairs', got '2 1 1'; a list without such a line needs 20, it has 5$",
+    ),
     (1, ["Al_Z 1 2"], r"line 1: expected 'folds pairs' or 'pairs'"),
     (1, ["-2 1"], r"line 1: expected 'folds pairs' or 'pairs'"),
     (1, ["² 1"], r"line 1: expected 'folds pairs' or 'pairs'"),
@@ -425,6 +429,20 @@ def test_bad_pairs_of_lfw_are_named_with_the_line(root: Path, number: int, lines
     replace_line("lfw/pairs.txt", number, *lines)(root)
     with pytest.raises(UserError, match=rf"lfw/pairs\.txt, {message}"):
         photographs.lfw_pairs(root / "lfw/pairs.txt", np.array(LFW_NAMES))
+
+
+def test_names_of_cfp_may_have_folders_before_them_and_one_that_lacks_is_named(root: Path) -> None:
+    names = photographs.cfp(SIZE).names
+    assert names is not None
+    expected = pair_rows(photographs.cfp_pairs("FP", names))
+    for other in ([f"images/{name}.jpg" for name in names], ["C:\\" + name.replace("/", "\\") for name in names]):
+        assert pair_rows(photographs.cfp_pairs("FP", np.array(other))) == expected
+    with pytest.raises(
+        UserError, match=r"names: there is no 001/frontal/01, which .*Pair_list_F\.txt has in line 1, but"
+    ):
+        photographs.cfp_pairs("FF", names[names != "001/frontal/01"])
+    with pytest.raises(UserError, match=r"names: 001/frontal/01 comes twice"):
+        photographs.cfp_pairs("FF", np.array([*names, "x/001/frontal/01.jpg"]))
 
 
 def test_empty_and_missing_pairs_are_named(root: Path) -> None:
@@ -455,7 +473,7 @@ BAD_CFP_PAIRS = [
             replace_line(f"cfp/protocol/{FRONT}", 3, text),
             rf"{FRONT}, line 3: expected 'index path of a known image', got",
         )
-        for text in ("3 x/009/frontal/01.jpg", "3 .", "3 /", "3 ..", "3", "² x/001/frontal/01.jpg", "3 a b", "3 01.jpg")
+        for text in ("3 .", "3 /", "3 ..", "3", "² x/001/frontal/01.jpg", "3 a b", "3 01.jpg")
     ),
 ]
 

@@ -73,7 +73,6 @@ def config(profile: str = "quick", **changes: Any) -> TrainConfig:
         ({"milestones": (3, 50)}, "--milestones 3 50 lies behind the end of the run, --epochs 20"),
         ({"loss": "MV-AM-Softmax-a", "margin_epochs": 20}, "--margin-epochs 20 lies behind the end of the run, --epoc"),
         ({"steps": 2, "test_every": 5}, "--test-every 5 lies behind the end of the run, --steps 2"),
-        ({"steps": 9, "warmup": 10}, "--warmup 10 lies behind the end of the run, --steps 9"),
         ({"renumber": True}, "--renumber decides nothing with --data orl; it does with PATH"),
         ({"verify": ("lfw.bin",)}, "--verify decides nothing with --data orl; it does with synthetic, PATH"),
         ({"data": "set.rec", "fprs": (0.1,)}, "--fprs decides nothing with --data set.rec; it does with orl, lfw, cfp"),
@@ -92,6 +91,8 @@ def test_what_decides_nothing_is_refused(changes: dict[str, Any], said: str) -> 
         {"loss": "HM-Arc-Softmax", "hard_ratio": 0.5, "easy_margin": True, "milestones": (3,), "train_people": 9},
         {"t": 0.0, "m": 0.0, "easy_margin": False, "t_warmup": 0, "schedule": "cosine", "milestones": ()},
         {"seed": 4, "data": "digits", "lr": 0.1, "loss": "no such loss", "portable": False},
+        {"milestones": (3, 50), "epochs": 1},
+        {"steps": 2, "warmup": 100, "milestones": (50,)},
         {"data": "set.rec", "renumber": True, "verify": ("lfw.bin",), "bad_limit": 3, "image_size": 16},
     ],
 )

@@ -137,10 +137,11 @@ def check_used(config: TrainConfig, given: Iterable[str]) -> None:
 
 
 def _check_reached(config: TrainConfig, given: set[str]) -> None:
-    """Refuse what was asked for by name and lies behind the end of the run. Raises UserError."""
-    limit, most = ("steps", config.steps) if config.steps else ("epochs", config.epochs)
-    values = {name: getattr(config, name) for name in ("warmup", "t_warmup", "test_every")} if config.steps else {}
-    if not config.steps and most:
+    """Refuse what was asked for by name and lies behind the end of the run, unless that may have been shortened, to
+    try it. Raises UserError."""
+    limit, most, values = "steps", config.steps, {"test_every": config.test_every} if config.steps else {}
+    if not config.steps and config.epochs and "epochs" not in given:
+        limit, most = "epochs", config.epochs
         values = {"milestones": max(config.milestones, default=0) + 1, "margin_epochs": config.margin_epochs + 1}
     for name in (name for name in values if name in given):
         value = getattr(config, name)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvrepro.errors import UserError
-from mvrepro.images import align
+from mvrepro.images import align, open_images
 
 DATA = Path(os.environ.get("MVREPRO_DATA", ""), "raw")
 needs_photos = pytest.mark.skipif(
@@ -135,7 +135,9 @@ def test_what_can_not_be_prepared_is_named(tmp_path: Path) -> None:
     prepare(message=r"two photos would become the same \.jpg, .*/raw/a\.jpg and .*/raw/a\.png: rename one")
     (raw / "a.png").unlink()
     (raw / os.fsdecode(b"Mu\xf1oz.jpg")).write_bytes(b"junk")
-    prepare(message=r"the name of 'Mu\\udcf1oz\.jpg' is not in UTF-8: rename")
+    prepare(message=r"the name of 'Mu\\udcf1oz\.jpg' is not in UTF-8 or has tabs .*: rename")
+    (raw / os.fsdecode(b"Mu\xf1oz.jpg")).rename(raw / "b\tc.jpg")
+    prepare(message=r"the name of 'b\\tc\.jpg' is not in UTF-8 or has tabs")
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
@@ -195,6 +197,38 @@ def test_photos_that_can_not_be_read_are_passed_over_up_to_a_limit(tmp_path: Pat
         UserError, match=r"3 photos can't be read, more than the limit of 2 .*the last: .*half\.jpg can"
     ):
         align.prepare(raw, out, detect=face, bad_limit=2)
+
+
+def test_the_limit_holds_for_folders_and_for_the_first_photos(tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    make_photos(raw)
+    (raw / "C/up").symlink_to(raw)
+    with pytest.raises(UserError, match=r"1 photos can't be read, more than the limit of 0 .*the last: .*leads back"):
+        align.prepare(raw, out, detect=face, bad_limit=0)
+    with pytest.raises(UserError, match="must be 0 or more, got -1"):
+        align.prepare(raw, out, detect=face, bad_limit=-1)
+    assert not out.exists()
+    (raw / "A.jpg").write_bytes(b"junk")
+    with pytest.raises(UserError, match="2 photos can't be read, more than the limit of 1"):
+        align.prepare(raw, out, detect=face, bad_limit=1)
+    assert [line.split(":")[0].split(" can't")[0] for line in (out / "passed_over.txt").read_text().splitlines()] == [
+        str(raw / "C/up"), str(raw / "A.jpg"),
+    ]  # fmt: skip
+
+
+def test_photos_of_other_formats_are_counted(tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    make_photos(raw)
+    (raw / "C" / "deeper.jpg").mkdir()  # a folder, whatever it is called
+    (raw / "C/none.jpg").rename(raw / "C/deeper.jpg/none.jpg")
+    for name in ("a.TIF", "b.heic", "notes.txt"):
+        (raw / "C" / name).write_bytes(b"something")
+    counts = align.prepare(raw, out, detect=face, bad_limit=0)
+    assert (counts["aligned"], counts["passed over"]) == (3, 2)
+    said = sorted((out / "passed_over.txt").read_text().splitlines())
+    assert [line.split(": ")[0] for line in said] == [str(raw / "C/a.TIF"), str(raw / "C/b.heic")]
+    source = open_images(raw)
+    assert (len(source), sorted(source.passed_over)) == (3, said)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -141,6 +141,19 @@ def test_dir_lets_as_many_false_alarms_in_as_the_authors_do(
     assert (found.dir.tolist(), found.strict_dir.tolist()) == ([theirs], [strict])
 
 
+@pytest.mark.parametrize(("strangers", "expected"), [(40, 0.5), (49, 0.5), (50, 1), (60, 1), (99, 1), (100, 1)])
+def test_dir_needs_no_hundred_strangers_and_the_strict_one_does(
+    tmp_path: Path, strangers: int, expected: float
+) -> None:
+    scores, mates = [0.7, *[0.6] * (strangers - 1)], [0.95] * 10 + [0.7] * 10
+    embeddings, names = open_set_example(tmp_path, scores, mates)
+    found = blufr(embeddings, blufr_trials(names, tmp_path))
+    assert found.dir.tolist() == [expected]  # below 50 none is let in, nor what equals the best
+    assert np.isnan(found.strict_dir[0]) == np.isnan(found.summary("strict_dir")) == (strangers < 100)
+    with pytest.raises(ValueError, match="a false-alarm rate must be in"):
+        blufr(embeddings, blufr_trials(names, tmp_path), far_identification=0)
+
+
 def test_neither_the_order_of_the_images_nor_their_suffix_matters(tmp_path: Path) -> None:
     embeddings, names, lists = small_world(1)
     write_lists(tmp_path, **lists)

@@ -201,8 +201,10 @@ def test_lists_without_a_header_are_cut_into_ten_runs_of_each_kind(tmp_path: Pat
     [
         (3, ["m.0a_0001.jpg 1 2"], "line 3: expected image flag image flag, got 'm.0a_0001.jpg 1 2 m.0a_0002.jpg 1'"),
         (4, ["m.0a_0002.jpg 0"], "line 3: expected image flag image flag, got 'm.0a_0001.jpg 1 m.0a_0002.jpg 0'"),
-        (4, [], r"line 39: expected image flag image flag, got 'm.0b_0001.jpg 0 '|line 19: expected image flag"),
+        (4, [], r"line 3: an image with itself is no pair, got 'm.0a_0001.jpg 1 m.0a_0001.jpg 1'"),
+        (40, [], r"line 39: expected image flag image flag, got 'm.0a_0001.jpg 0 '"),
         (3, ["m.0c_0001.jpg 1"], "line 3: there is no image m.0c_0001"),
+        (2, ["m.0a_0001.jpg 1"], "line 1: an image with itself is no pair"),
         (1, ["m.0a_0001.jpg 0", "m.0b_0001.jpg 0", "m.0a_0001.jpg"], "line 3: expected image flag image flag"),
     ],
 )
@@ -395,7 +397,11 @@ def test_sizes_that_cannot_be_are_refused(root: Path, kept: Callable[[], list[Pa
 
 
 BAD_LFW_PAIRS = [
-    (1, ["2 1 1"], r"line 1: expected 'folds pairs' or 'pairs', got '2 1 1'$"),
+    (
+        1,
+        ["2 1 1"],
+        r"line 1: expected 'folds pairs' or 'pairs', got '2 1 1'; a list without such a line needs 20, it has 5$",
+    ),
     (1, ["Al_Z 1 2"], r"line 1: expected 'folds pairs' or 'pairs'"),
     (1, ["-2 1"], r"line 1: expected 'folds pairs' or 'pairs'"),
     (1, ["² 1"], r"line 1: expected 'folds pairs' or 'pairs'"),
@@ -411,6 +417,9 @@ BAD_LFW_PAIRS = [
     (2, ["Al_Z 1 3"], r"line 2: there is no image Al_Z_0003$"),
     (2, ["Al_Z 1 ²"], r"line 2: there is no image Al_Z_²$"),
     (2, ["Al_Z 1 -2"], r"line 2: there is no image Al_Z_-2$"),
+    (3, ["Al_Z 1 Al_Z 2"], r"line 3: expected name i other j, got 'Al_Z 1 Al_Z 2'$"),
+    (2, ["Al_Z 1 1"], r"line 2: an image with itself is no pair, got 'Al_Z 1 1'$"),
+    (5, ["Bo-Bo 3 Al_Z 2"], r"lines 3 and 5: Al_Z_0002 and Bo-Bo_0003 stands there twice$"),
     (5, ["D_B_Cy 1 al_z_jr 1"], r"line 5: there is no image al_z_jr_0001$"),
 ]
 
@@ -420,6 +429,20 @@ def test_bad_pairs_of_lfw_are_named_with_the_line(root: Path, number: int, lines
     replace_line("lfw/pairs.txt", number, *lines)(root)
     with pytest.raises(UserError, match=rf"lfw/pairs\.txt, {message}"):
         photographs.lfw_pairs(root / "lfw/pairs.txt", np.array(LFW_NAMES))
+
+
+def test_names_of_cfp_may_have_folders_before_them_and_one_that_lacks_is_named(root: Path) -> None:
+    names = photographs.cfp(SIZE).names
+    assert names is not None
+    expected = pair_rows(photographs.cfp_pairs("FP", names))
+    for other in ([f"images/{name}.jpg" for name in names], ["C:\\" + name.replace("/", "\\") for name in names]):
+        assert pair_rows(photographs.cfp_pairs("FP", np.array(other))) == expected
+    with pytest.raises(
+        UserError, match=r"names: there is no 001/frontal/01, which .*Pair_list_F\.txt has in line 1, but"
+    ):
+        photographs.cfp_pairs("FF", names[names != "001/frontal/01"])
+    with pytest.raises(UserError, match=r"names: 001/frontal/01 comes twice"):
+        photographs.cfp_pairs("FF", np.array([*names, "x/001/frontal/01.jpg"]))
 
 
 def test_empty_and_missing_pairs_are_named(root: Path) -> None:
@@ -450,7 +473,7 @@ BAD_CFP_PAIRS = [
             replace_line(f"cfp/protocol/{FRONT}", 3, text),
             rf"{FRONT}, line 3: expected 'index path of a known image', got",
         )
-        for text in ("3 x/009/frontal/01.jpg", "3 .", "3 /", "3 ..", "3", "² x/001/frontal/01.jpg", "3 a b", "3 01.jpg")
+        for text in ("3 .", "3 /", "3 ..", "3", "² x/001/frontal/01.jpg", "3 a b", "3 01.jpg")
     ),
 ]
 

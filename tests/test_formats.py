@@ -287,6 +287,12 @@ def test_a_wrong_index_is_named(tmp_path: Path, damage, message: str) -> None:
         images.open_images(path)
 
 
+def test_an_index_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = by_hand(tmp_path / "set", insightface())
+    path.with_suffix(".idx").write_text(path.with_suffix(".idx").read_text(), encoding="utf-8-sig")
+    assert items(images.open_images(path)) == PAIRS
+
+
 def test_a_byte_wrong_in_the_middle_is_named_when_it_is_read(tmp_path: Path) -> None:
     path = by_hand(tmp_path / "set", insightface())
     offset = int(path.with_suffix(".idx").read_text().splitlines()[1].split()[1])
@@ -373,8 +379,15 @@ def test_a_record_damaged_in_the_middle_has_no_class_id(tmp_path: Path) -> None:
 def test_names_of_classes_must_fit(tmp_path: Path) -> None:
     images.write_rec(tmp_path / "set" / "train.rec", memory(PAIRS))
     (tmp_path / "set" / "classes.txt").write_text("a\nb\n")
-    with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2"):
+    with pytest.raises(UserError, match=r"classes\.txt has 2 names, the class ids go to 2: add"):
         images.open_images(tmp_path / "set")
+    whole = images.open_images(make_folder(tmp_path / "people")).classes
+    assert whole is not None
+    for heading in ("name", "# classes"):
+        (tmp_path / "set" / "classes.txt").write_text("\n".join([heading, *whole]))
+        for options in ({}, {"allow_holes": True}, {"renumber": True}):
+            with pytest.raises(UserError, match=r"has 4 names, the class ids go to 2: take out what is no name, such"):
+                images.open_images(tmp_path / "set", **options)
     for name in ("../out", "", ".", ".."):
         (tmp_path / "set" / "classes.txt").write_text(f"a\nb\n{name}\n")
         with pytest.raises(UserError, match=r"can't be the name of a folder|classes\.txt has 2 names"):
@@ -414,8 +427,12 @@ def test_names_that_can_not_be_written_are_refused_before_anything_is(
         folder = tmp_path / "set" / os.fsdecode(name)
         folder.mkdir(parents=True)
         (folder / "1.jpg").write_bytes(IMAGES[0])
-    source = images.open_images(tmp_path / "set")
-    assert source.read(np.arange(2)).shape == (2, 3, SIZE, SIZE)
+    classes = [os.fsdecode(name) for name in sorted(names)]
+    source: images.Encoded = images.Memory([IMAGES[0]] * 2, np.arange(2), "two")
+    source.classes = classes
+    if "both" not in message:  # else a folder isn't opened
+        source = images.open_images(tmp_path / "set")
+        assert (source.read(np.arange(2)).shape, source.classes) == ((2, 3, SIZE, SIZE), classes)
     out = tmp_path / "out"
     write = {
         "rec": lambda: images.write_rec(out / "train.rec", source),
@@ -426,6 +443,15 @@ def test_names_that_can_not_be_written_are_refused_before_anything_is(
         with pytest.raises(UserError, match=message):
             write()
     assert not out.exists() and not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize("names", [("Ann", " Ann"), ("Zoe\u0308", "Zo\u00eb")])
+def test_two_folders_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(IMAGES[0])
+    with pytest.raises(UserError, match=r"the folders '.*' and '.*' are both called .*: rename one"):
+        images.open_images(tmp_path)
 
 
 def test_folders_that_are_no_persons_do_not_stop_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,8 +632,8 @@ class Call:
         ((IMAGES, np.array([1.0, 0.0, 1.0])), r"an array of 'f8'"),
         ((IMAGES, np.array(["a", "b", "c"])), r"an array of 'U1'"),
         ((IMAGES, np.ones((1, 3), bool)), "two lists"),
-        (([np.ones((2, 2), np.uint8)] * 6, [True] * 3), "image 0 is _Array, expected bytes"),
-        (([np.ones(3, bool)] * 6, [True] * 3), "image 0 is _Array, expected bytes"),
+        (([np.ones((2, 2), np.uint8)] * 6, [True] * 3), r"image 0 is an array of shape \(2, 2\) and type ui"),
+        (([np.ones(3, bool)] * 6, [True] * 3), r"image 0 is an array of shape \(3,\) and type bool, expected"),
         (([Path("x")] * 2, [True]), r"pathlib"),
         (({1, 2}, [True]), r"two lists|asks for \w+\.set"),
         ((IMAGES, {"same": True}), "two lists"),
@@ -643,6 +669,8 @@ def test_a_pickle_that_asks_for_more_is_refused_and_not_run(
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01a\x85R.",
         b"cnumpy\nload\n(S'x'\ntR.",  # of NumPy only what makes arrays
         b"cnumpy\ndtype\n(S'V8'\ntR.",
+        b"\x80\x02]r" + struct.pack("<I", 1 << 26) + b".",  # Python makes room for 67 million things
+        b"(lp99999999\n.",
     ],
 )
 def test_pickles_by_hand_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -767,6 +795,7 @@ def test_labels_in_json_are_read_where_there_is_no_cls(tmp_path: Path) -> None:
         ([("a.cls", b"-1"), ("a.jpg", b"1")], r"a\.cls: expected a class id, got '-1'"),
         ([("a.cls", b"\xff"), ("a.jpg", b"1")], r"expected a class id"),
         ([("a.cls", b"1"), ("a.cls", b"1"), ("a.jpg", b"1")], "a has two class ids"),
+        ([("a.json", b"1"), ("a.json", b"0"), ("a.jpg", b"1")], r"a has two class ids \(\.json\)"),
         ([("a.cls", b"1"), ("a.png", b"1"), ("a.jpg", b"1")], "a has two images"),
         ([], "no images there"),
         ([("a.cls", b"1"), ("a.jpg", b"1")], "1 of the class ids 0 … 1 have no image: 0;"),
@@ -782,6 +811,13 @@ def test_a_damaged_or_compressed_shard_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(UserError, match=r"x\.tar: (cut off|not a whole)"):
         images.open_images(path)
+    whole = make_tar(tmp_path / "y.tar", [("a.cls", b"0"), ("a.jpg", b"1")]).read_bytes()
+    path.write_bytes(whole + bytes(3 << 20))
+    assert len(images.open_images(path)) == 1
+    for more in (whole, bytes(2 << 20) + whole, b"junk" * 200):
+        path.write_bytes(whole + more)
+        with pytest.raises(UserError, match=r"x\.tar: more follows its end at byte 2048, .* keep each in a file"):
+            images.open_images(path)
     path.write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match="not a whole, uncompressed tar"):
         images.open_images(path)
@@ -813,6 +849,13 @@ def test_classes_are_left_out_with_their_images(tmp_path: Path) -> None:
     assert source.where(3).endswith("Ångström/0.JPG")
     assert source.renumbered().classes == ["b c", "Ångström"]
     assert items(source.renumbered())[3] == (IMAGES[4], 1)
+
+
+def test_a_class_without_images_at_the_end_loses_its_name_with_them(tmp_path: Path) -> None:
+    source = images.open_images(make_folder(tmp_path / "people")).without(np.array([2]))
+    images.write_tars(tmp_path / "tars", source, shard_size=3)
+    assert images.open_images(tmp_path / "tars").classes == ["b c", "d"]
+    assert images.open_images(tmp_path / "tars" / "000000.tar").classes == ["b c", "d"]  # a shard of two
 
 
 # Class ids and decoding
@@ -856,7 +899,7 @@ def test_a_file_that_cannot_be_read_is_as_good_as_one_that_does_not_decode(
     (tmp_path / "set" / "a").mkdir(parents=True)
     (tmp_path / "set" / "a" / "1.png").write_bytes(image(1))
     (tmp_path / "set" / "a" / "2.png").symlink_to("nowhere.png")
-    (tmp_path / "set" / "a" / "3.png").mkdir()
+    (tmp_path / "set" / "a" / "3.png").symlink_to("3.png")
     source = images.open_images(tmp_path / "set")
     assert len(source.read(np.arange(3))) == 3 and source.bad == {1, 2}
     assert main(["data", "inspect", str(tmp_path / "set"), "--decode"]) == 1
@@ -928,6 +971,35 @@ def test_every_mode_comes_out_right_or_is_refused_by_name(mode: str) -> None:
             images.decode(buffer.getvalue())
     else:
         np.testing.assert_allclose(images.decode(buffer.getvalue()), np.broadcast_to(expected, (3, SIZE, SIZE)), atol=1)
+
+
+def tiff(bits: int, photometric: int, data: bytes) -> bytes:
+    """A grey one without compression, by hand."""
+    tags = {256: SIZE, 257: SIZE, 258: bits, 259: 1, 262: photometric, 273: 122, 277: 1, 278: SIZE, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
+
+
+def test_grey_of_sixteen_bits_comes_out_right_or_is_refused() -> None:
+    deep, right = (RAMP * 257).astype("<u2"), np.broadcast_to(RAMP, (3, SIZE, SIZE))
+    assert (images.decode(tiff(16, 1, deep.tobytes())) == right).all()
+    assert (images.decode(tiff(16, 0, (65535 - deep).tobytes())) == right).all()  # 0 is white
+    with pytest.raises(ValueError, match="a TIFF of 12 bits a pixel, expected 8 or 16"):
+        images.decode(tiff(12, 1, bytes(SIZE * SIZE * 3 // 2)))
+    clear = int(deep.max())
+    Image.fromarray(deep).save(buffer := io.BytesIO(), "PNG", transparency=clear)
+    assert (images.decode(buffer.getvalue()) == np.where(deep == clear, 0, right)).all()
+
+
+def test_images_that_are_stored_turned_have_the_size_that_is_seen() -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.new("RGB", (40, 20), "red").save(buffer := io.BytesIO(), "JPEG", exif=turned)
+    lying = buffer.getvalue()
+    assert decoded([(lying, 0)] * 2, size=None).read(np.arange(2)).shape == (2, 3, 40, 20)
+    Image.new("RGB", (40, 20), "red").save(buffer := io.BytesIO(), "JPEG")
+    with pytest.raises(UserError, match="image 1: 40×20 pixels, expected 20×40"):
+        decoded([(lying, 0), (buffer.getvalue(), 0)], size=None).read(np.arange(2))
 
 
 def test_an_image_of_too_many_pixels_is_refused() -> None:

@@ -368,6 +368,10 @@ def test_names_with_folders_before_them_are_known(lfw: Path, capsys: pytest.Capt
         f"vr@far=0.001: {100 * found.summary('vr'):.2f} %", f"dir@far=0.01: {100 * found.summary('dir'):.2f} %",
         f"strict dir@far=0.01: {100 * found.summary('strict_dir'):.2f} %",
     ]  # fmt: skip
+    (lfw / "probe_set.txt").write_text("1\n62\n" + "".join(f"1, {name}\n" for name in [*names[1::2], *every[-50:]]))
+    asked = ("--embeddings", lfw / "b.npy", "--names", lfw / "every.txt", "--lists", lfw, "--out", lfw / "found.json")
+    assert [line.split("@")[0] for line in judged(capsys, "blufr", *asked)] == ["vr", "dir"]  # of 50 strangers
+    assert list(json.loads((lfw / "found.json").read_text())["metrics"]) == ["vr@far=0.001", "dir@far=0.01"]
 
 
 def test_what_is_missing_is_named(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:

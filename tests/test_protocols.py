@@ -320,6 +320,12 @@ def test_blocks_of_any_size_give_what_all_pairs_at_once_give(
         assert found.histogram[row].tolist() == np.bincount(bins, minlength=200).tolist()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_row_too_long_for_float64_is_said_to_be() -> None:
+    with pytest.raises(ValueError, match=r"row 1 is not \(its length is beyond what float64 holds\)"):
+        pair_scores(np.outer([1, 1e200], np.ones(3)), np.arange(2))
+
+
 def test_every_pair_keeps_names_and_forgets_no_impostor_of_a_longer_stream() -> None:
     rng = np.random.default_rng(3)
     names = np.array([f"person {n}" for n in rng.integers(0, 60, 700)])

@@ -16,7 +16,7 @@ from mvrepro import LOSSES, MarginHead, pipeline
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
 from mvrepro.files import read_yaml
-from mvrepro.training.config import OF_LOSSES, TrainConfig, from_settings, kind
+from mvrepro.training.config import OF_LOSSES, TrainConfig, check, from_settings, kind
 from mvrepro.training.loop import check_used
 
 # Of each setting two values that give two losses where it counts. margin_epochs are epochs with t = 0.
@@ -70,6 +70,9 @@ def config(profile: str = "quick", **changes: Any) -> TrainConfig:
         ({"people": "all"}, "--people decides nothing with --data orl; it does with lfw, cfp"),
         ({"data": "lfw", "train_people": 9}, "--train-people decides nothing with --data lfw; it does with orl"),
         ({"data": "digits", "image_size": 64}, "--image-size decides nothing with --data digits; it does with orl"),
+        ({"milestones": (3, 50)}, "--milestones 3 50 lies behind the end of the run, --epochs 20"),
+        ({"loss": "MV-AM-Softmax-a", "margin_epochs": 20}, "--margin-epochs 20 lies behind the end of the run, --epoc"),
+        ({"steps": 2, "test_every": 5}, "--test-every 5 lies behind the end of the run, --steps 2"),
         ({"renumber": True}, "--renumber decides nothing with --data orl; it does with PATH"),
         ({"verify": ("lfw.bin",)}, "--verify decides nothing with --data orl; it does with synthetic, PATH"),
         ({"data": "set.rec", "fprs": (0.1,)}, "--fprs decides nothing with --data set.rec; it does with orl, lfw, cfp"),
@@ -88,11 +91,19 @@ def test_what_decides_nothing_is_refused(changes: dict[str, Any], said: str) -> 
         {"loss": "HM-Arc-Softmax", "hard_ratio": 0.5, "easy_margin": True, "milestones": (3,), "train_people": 9},
         {"t": 0.0, "m": 0.0, "easy_margin": False, "t_warmup": 0, "schedule": "cosine", "milestones": ()},
         {"seed": 4, "data": "digits", "lr": 0.1, "loss": "no such loss", "portable": False},
+        {"milestones": (3, 50), "epochs": 1},
+        {"steps": 2, "warmup": 100, "milestones": (50,)},
         {"data": "set.rec", "renumber": True, "verify": ("lfw.bin",), "bad_limit": 3, "image_size": 16},
     ],
 )
 def test_what_counts_or_asks_for_nothing_is_taken(changes: dict[str, Any]) -> None:
     check_used(config(**changes), changes)
+
+
+@pytest.mark.parametrize("milestones", [(5, 3), (3, 3)])
+def test_milestones_rise(milestones: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=f"milestones must rise, each once, got {milestones[0]} 3"):
+        check(config(milestones=milestones))
 
 
 def test_a_profile_has_settings_for_all_its_losses() -> None:

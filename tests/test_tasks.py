@@ -112,7 +112,7 @@ def made_up(root: Path) -> World:
         chosen = by_count[5][12 * fold : 12 * fold + 12]
         lines += [f"{p} {i} {i + 1}" for p in chosen for i in (1, 2, 3)]
         lines += [f"{p} {i} {chosen[i - 12 + k]} {k + 1}" for k, p in enumerate(chosen[:4]) for i in range(1, 6)]
-        lines += [f"{p} 1 {q} 1" for p, q in zip(chosen[:8] * 2, chosen[1:9] + chosen[3:11], strict=True)]
+        lines += [f"{p} 5 {q} 5" for p, q in zip(chosen[:8] * 2, chosen[1:9] + chosen[3:11], strict=True)]
     write_lines(root / "lfw/pairs.txt", "10 36", *lines)
 
     trials: dict[str, list[list[str]]] = {"test": [], "gallery": [], "probe": []}

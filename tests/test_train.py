@@ -450,6 +450,21 @@ def test_what_is_there_and_no_checkpoint_is_not_saved_over(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_folder_in_the_place_of_the_record_is_told_of_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "d.json").mkdir()
+    with pytest.raises(UserError, match=r"could not write .*d\.json: it is a folder; name a file"):
+        train(toy(), out=tmp_path / "d.json", work=tmp_path / "d")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.json"]
+
+
+def test_a_warm_up_longer_than_the_run_is_refused() -> None:
+    steps = train(toy())["sizes"]["steps"]
+    train(toy(warmup=steps))
+    train(toy(warmup=99999, steps=2))  # a try of a run that is longer
+    with pytest.raises(UserError, match=rf"a warm-up of {steps + 1} steps, but the run has {steps}: set a --warmup"):
+        train(toy(warmup=steps + 1))
+
+
 def test_a_record_does_not_lie_where_the_network_is_saved(tmp_path: Path) -> None:
     """The network would take the place of the log and the snapshots that were written there."""
     (tmp_path / "link").symlink_to(tmp_path / "run")

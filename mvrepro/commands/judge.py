@@ -133,7 +133,7 @@ def _blufr(embeddings: Any, names: Any, lists: Path | None = None) -> Metrics:
     trials = protocols.blufr_trials(names, lists or photographs.folder("lfw") / "blufr")
     found = protocols.blufr(embeddings, trials)
     dirs = {"dir@far=0.01": found.summary("dir"), "strict dir@far=0.01": found.summary("strict_dir")}
-    return {"vr@far=0.001": found.summary("vr")} | dirs
+    return {"vr@far=0.001": found.summary("vr")} | {name: rate for name, rate in dirs.items() if not np.isnan(rate)}
 
 
 def _identify(

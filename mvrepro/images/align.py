@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.files import write_atomic
-from mvrepro.images.folders import images_in
+from mvrepro.images.folders import OTHER, images_in
 from mvrepro.images.source import SUFFIXES, decode
 from mvrepro.images.storage import check_apart, is_text
 
@@ -25,6 +25,7 @@ TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 TABLES = ("landmarks.tsv", "photos.tsv")
+PICKS = ("centre", "largest")
 QUALITY = 90  # of the JPEGs
 LONGEST = 500  # side of what MTCNN sees: larger photos are made smaller for it, which their faces bear and time needs
 
@@ -135,12 +136,17 @@ def prepare(
         photos.tsv      path, bytes and time of the photo, and `pick`: what the crop was made from
 
     A photo without a face gives its centre. What an earlier call made from the same photo and `pick` is not done again.
-    Photos that can't be read are passed over, up to bad_limit, and listed in passed_over.txt. Returns how many were
+    Photos that can't be read are passed over, up to bad_limit, and listed in passed_over.txt, with those of formats
+    that aren't read, of which there may be any number. Returns how many were
     "aligned", "centre", "several faces", "known" and, where there are some, "passed over" and "left over": crops that
     are there, but of no photo of `raw`.
     """
-    images, passed_over = out / "images", list[str]()
-    places = _places(raw, images, passed_over)
+    if bad_limit < 0:
+        raise UserError(f"the limit of photos that can't be read must be 0 or more, got {bad_limit} (--bad-limit)")
+    images, passed_over, unread = out / "images", list[str](), list[str]()
+    places = _places(raw, images, passed_over, unread)
+    if len(passed_over) > bad_limit:
+        raise UserError(_too_many(passed_over, bad_limit))
     before = [_by_place(out / table) for table in TABLES]
     lines: dict[str, tuple[str, str]] = {}
     counts = {"known": 0, "aligned": 0, "centre": 0, "several faces": 0}
@@ -162,10 +168,7 @@ def prepare(
                 passed_over.append(f"{photo} can't be read as an image: {error}")
                 (images / place).unlink(missing_ok=True)  # of the photo that was there before
                 if len(passed_over) > bad_limit:
-                    raise UserError(
-                        f"{len(passed_over)} photos can't be read, more than the limit of {bad_limit} (--bad-limit); "
-                        f"the last: {passed_over[-1]}"
-                    ) from None
+                    raise UserError(_too_many(passed_over, bad_limit)) from None
                 continue
             write_atomic(images / place, _jpeg(aligned))
             lines[place] = _landmarks(place, faces, face), made_from
@@ -175,23 +178,35 @@ def prepare(
         if lines:
             for table, column in zip(TABLES, zip(*(lines[place] for place in sorted(lines)), strict=True), strict=True):
                 write_atomic(out / table, "".join(f"{line}\n" for line in column))
-            write_atomic(out / "passed_over.txt", "".join(f"{line}\n" for line in passed_over))
+        if lines or len(passed_over) > bad_limit:
+            listed = passed_over + [f"{path}: {OTHER}" for path in unread]
+            write_atomic(out / "passed_over.txt", "".join(f"{line}\n" for line in listed))
     if not lines:
         raise UserError(f"none of the {len(places)} photos can be read, such as {passed_over[-1]}")
-    more = {"passed over": len(passed_over), "left over": sum(place not in lines for place in images_in(images, []))}
+    more = {
+        "passed over": len(passed_over) + len(unread),
+        "left over": sum(place not in lines for place in images_in(images, [])),
+    }
     return counts | {name: count for name, count in more.items() if count}
 
 
-def _places(raw: Path, images: Path, passed_over: list[str]) -> dict[str, Path]:
+def _too_many(passed_over: list[str], limit: int) -> str:
+    count, last = len(passed_over), passed_over[-1]
+    return f"{count} photos can't be read, more than the limit of {limit} (--bad-limit); the last: {last}"
+
+
+def _places(raw: Path, images: Path, passed_over: list[str], unread: list[str]) -> dict[str, Path]:
     """Of each photo below `raw`, in order, the place of its crop below `images`. Raises UserError where crops would lie
     among photos, or two would be one, and for names that a table can't hold."""
     check_apart(images, raw)
     check_apart(raw, images)
     places: dict[str, Path] = {}
-    for photo in sorted(images_in(raw, passed_over), key=lambda photo: photo.split("/")):
+    for photo in sorted(images_in(raw, passed_over, unread=unread), key=lambda photo: photo.split("/")):
         place = PurePosixPath(photo).with_suffix(".jpg").as_posix()
         if not is_text(place):
-            raise UserError(f"{raw}: the name of {photo!r} is not in UTF-8: rename that photo or its folder")
+            raise UserError(
+                f"{raw}: the name of {photo!r} is not in UTF-8 or has tabs and the like in it: rename photo or folder"
+            )
         if place in places:
             raise UserError(f"two photos would become the same .jpg, {places[place]} and {raw / photo}: rename one")
         places[place] = raw / photo

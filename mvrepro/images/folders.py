@@ -9,9 +9,13 @@ from tqdm import tqdm
 
 from mvrepro.errors import UserError
 from mvrepro.images.source import SUFFIXES, Encoded
-from mvrepro.images.storage import class_names, new_set
+from mvrepro.images.storage import alike, class_names, new_set
 
+UNREAD = (".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jfif")  # photographs of other formats
 HIDDEN = (".", "__MACOSX", "lost+found")  # how names of files and folders begin that systems make for themselves
+
+
+OTHER = f"not one of {', '.join(SUFFIXES)}"
 
 
 class Unreadable(UserError, ValueError):
@@ -48,15 +52,15 @@ class Files(Encoded):
 
 class Folder(Files):
     """Class ids follow the sorted names of the folders in `root`; an image may lie deeper than they. Folders that can't
-    be read, or lead back, are passed over, up to a limit."""
+    be read, or lead back, are passed over, up to a limit; and so are photographs of formats that aren't read."""
 
     def __init__(self, root: Path, limit: int = 100) -> None:
-        counts, passed_over = dict.fromkeys(people_in(root), 0), list[str]()
+        counts, passed_over, unread = dict.fromkeys(people_in(root), 0), list[str](), list[str]()
 
         def listed() -> Iterator[str]:
             for person in tqdm(list(counts), f"listing {root.name}", leave=False, disable=None):
                 before = len(passed_over)
-                for path in sorted(images_in(root / person, passed_over, (root.resolve(),))):
+                for path in sorted(images_in(root / person, passed_over, (root.resolve(),), unread)):
                     counts[person] += 1
                     yield f"{person}/{path}"
                 if len(passed_over) > limit:
@@ -69,7 +73,11 @@ class Folder(Files):
         super().__init__(root, listed())
         if not counts:
             raise UserError(f"{root}: none of its folders can be read, such as {passed_over[0]}")
+        passed_over += [f"{path}: {OTHER}" for path in unread]
         self.classes, self.passed_over = list(counts), passed_over
+        if twice := alike(self.classes):
+            one, other, plain = self.classes[twice[0]], self.classes[twice[1]], twice[2]
+            raise UserError(f"{root}: the folders {one!a} and {other!a} are both called {plain}: rename one")
         self.labels = np.repeat(np.arange(len(counts)), list(counts.values()))
 
 
@@ -86,9 +94,12 @@ def people_in(root: Path) -> list[str]:
     return people
 
 
-def images_in(folder: Path, passed_over: list[str], above: tuple[Path, ...] = ()) -> Iterator[str]:
+def images_in(
+    folder: Path, passed_over: list[str], above: tuple[Path, ...] = (), unread: list[str] | None = None
+) -> Iterator[str]:
     """The paths of the images in a folder, in any depth and order. What is HIDDEN, and what is no image by its suffix,
-    doesn't count; folders that can't be read, or contain one of those above them, are added to passed_over."""
+    doesn't count; folders that can't be read, or contain one of those above them, are added to passed_over, and the
+    paths of photographs that are UNREAD to unread."""
     here = Path(os.path.realpath(folder))
     try:
         entries = list(os.scandir(folder))
@@ -101,11 +112,13 @@ def images_in(folder: Path, passed_over: list[str], above: tuple[Path, ...] = ()
     for entry in entries:
         if entry.name.startswith(HIDDEN):
             continue
-        if entry.name.lower().endswith(SUFFIXES):
-            yield entry.name
-        elif entry.is_dir():
-            inside = images_in(folder / entry.name, passed_over, (*above, here))
+        if Path(entry).is_dir() if entry.is_symlink() else entry.is_dir():  # a link may lead to itself
+            inside = images_in(folder / entry.name, passed_over, (*above, here), unread)
             yield from (f"{entry.name}/{path}" for path in inside)
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield entry.name
+        elif unread is not None and entry.name.lower().endswith(UNREAD):
+            unread.append(str(folder / entry.name))
 
 
 def write_folder(root: Path, source: Encoded) -> None:

@@ -26,16 +26,28 @@ def open_images(
     Raises UserError where nothing of that is there.
     """
     source = _open(Path(path), bad_limit or 0)
-    if source.classes is not None and len(source.classes) <= source.labels.max():
-        raise UserError(
-            f"{path}: classes.txt has {len(source.classes)} names, the class ids go to {source.labels.max()}"
-        )
+    _check_names(source, Path(path))
     if renumber:
         source = source.renumbered()
     elif not allow_holes:
         check_ids(source.labels, str(path))
     source.size, source.bad_limit = size, bad_limit
     return source
+
+
+def _check_names(source: Encoded, path: Path) -> None:
+    """Raises UserError unless classes.txt has a name for each class id, and no more: a heading would give every class
+    the name of another. One shard of several may lack the last ones."""
+    names, ids = len(source.classes or []), int(source.labels.max(initial=-1)) + 1
+    shard = isinstance(source, Tars) and path.is_file() and len(list(path.parent.glob("*.tar"))) > 1
+    if source.classes is None or names == ids or (names > ids and shard):
+        return
+    cure = (
+        "take out what is no name, such as a heading, or the last names where these people have no images"
+        if names > ids
+        else "add the names that are missing"
+    )
+    raise UserError(f"{path}: classes.txt has {names} names, the class ids go to {ids - 1}: {cure}")
 
 
 def _open(path: Path, limit: int) -> Encoded:

@@ -7,6 +7,7 @@ scalars of bytes or booleans something of ours that holds their bytes; and nothi
 
 import io
 import pickle
+import pickletools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,26 @@ def _bytes(image: Any) -> Any:
     return pixels.tobytes() if pixels.ndim == 1 or pixels.shape[1:] == (1,) else image
 
 
+_OPERATIONS = {operation.code.encode("latin1"): operation for operation in pickletools.opcodes}
+
+
+def _check_memo(content: bytes) -> None:
+    """Raises _Refused for what is remembered under a number that no pickler comes to: Python makes room for as many,
+    1 GB for nine bytes."""
+    file, operations = io.BytesIO(content), 0
+    while code := file.read(1):
+        operation = _OPERATIONS[code]
+        if operation.name == "STRING":  # what pickletools makes of it is ASCII alone
+            file.readline()
+            continue
+        value = operation.arg.reader(file) if operation.arg else None
+        operations += 1
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(value or 0) > operations:
+            raise _Refused(f"room for {value:,} things after {operations:,} of them")
+        if operation.name == "STOP":
+            return
+
+
 def _encode(text: Any, coding: Any) -> bytes:
     if not isinstance(text, str) or coding not in ("latin1", b"latin1"):
         raise _Refused(f"_codecs.encode of {type(text).__name__} as {coding!r}")
@@ -128,6 +149,7 @@ def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from None
     try:
+        _check_memo(content)
         # Python 2 wrote bytes as str, which only this encoding leaves alone.
         value = _Plain(io.BytesIO(content), encoding="bytes").load()
     except _Refused as refused:
@@ -144,7 +166,10 @@ def read_bin(path: Path, *, size: int | None = None) -> tuple[Memory, Pairs]:
     images, same = [_bytes(image) for image in value[0]], value[1]
     wrong = next((i for i, image in enumerate(images) if not isinstance(image, bytes)), None)
     if wrong is not None:
-        raise UserError(f"{path}: image {wrong} is {type(images[wrong]).__name__}, expected bytes")
+        one = images[wrong]
+        what = f"an array of shape {one.value.shape} and type {one.value.dtype}" if isinstance(one, _Array) else None
+        rule = ": pixels must be (H, W, 3) of uint8" if what else ""
+        raise UserError(f"{path}: image {wrong} is {what or type(one).__name__}, expected bytes{rule}")
     wrong = next((i for i, item in enumerate(same) if not (isinstance(item, int) and item in (0, 1))), None)
     if wrong is not None:
         raise UserError(f"{path}: pair {wrong} is {type(same[wrong]).__name__}, expected a boolean")

@@ -234,7 +234,8 @@ def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
     head = lines[0][1].split()
     titled = len(head) <= 2 and all(_is_number(part) and int(part) > 0 for part in head)
     if not titled and (len(lines) < 20 or not 2 <= len(head) <= 4):
-        raise UserError(f"{path}, line {lines[0][0]}: expected 'folds pairs' or 'pairs', got {lines[0][1]!r}")
+        short = f"; a list without such a line needs 20, it has {len(lines)}" if 2 <= len(head) <= 4 else ""
+        raise UserError(f"{path}, line {lines[0][0]}: expected 'folds pairs' or 'pairs', got {lines[0][1]!r}{short}")
     folds, half = (1, int(head[0])) if len(head) == 1 else (int(head[0]), int(head[1])) if titled else (10, 0)
     if titled and len(lines) - 1 != 2 * folds * half:
         raise UserError(
@@ -248,7 +249,7 @@ def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
     if flags:
         couples = zip_longest(lines[::2], lines[1::2], fillvalue=(0, ""))
         lines = [(number, f"{first} {second}") for (number, first), (_, second) in couples]
-    found = []
+    found, numbered = [], list[tuple[int, str]]()
     for place, (number, line) in enumerate(lines[titled:]):
         first, second, same = _two_images(line.split(), flags)
         expected = place % (2 * half) < half if titled else same
@@ -258,7 +259,12 @@ def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
         for name in (first, second):
             if name not in row:
                 raise UserError(f"{path}, line {number}: there is no image {name}")
+        if first == second:
+            raise UserError(f"{path}, line {number}: an image with itself is no pair, got {line!r}")
         found.append((row[first], row[second], same, place // (2 * half) if titled else 0))
+        if titled:
+            numbered.append((number, " and ".join(sorted((first, second)))))
+    check_once(path, numbered)
     pairs = _pairs(found)
     for side in () if titled else (True, False):
         rows = np.flatnonzero(pairs.same == side)
@@ -277,7 +283,7 @@ def _two_images(parts: list[str], flags: bool) -> tuple[str, str, bool]:
             return plain_name(first), plain_name(second), flag != "0"
         case [person, i, j] if not flags:
             return _shot(person, i), _shot(person, j), True
-        case [person, i, other, j] if not flags:
+        case [person, i, other, j] if not flags and person != other:
             return _shot(person, i), _shot(other, j), False
     return "", "", False
 
@@ -288,9 +294,13 @@ def _shot(person: str, number: str) -> str:
 
 def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:
     """The 7,000 pairs of CFP-FF ("FF") or CFP-FP ("FP") in their 10 folds: index pairs into Pair_list_F.txt
-    and, for the second image of FP, into Pair_list_P.txt."""
+    and, for the second image of FP, into Pair_list_P.txt. names (N,) such as 001/frontal/01, with or without folders
+    before and .jpg behind."""
     here = folder("cfp") / "protocol"
-    row = {str(name): i for i, name in enumerate(names)}
+    row: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if row.setdefault(_cfp_name(str(name)), i) != i:
+            raise UserError(f"names: {_cfp_name(str(name))} comes twice")
     lists = [_cfp_list(here / f"Pair_list_{side}.txt", row) for side in kind]
     found = []
     for fold in range(10):
@@ -313,13 +323,19 @@ def _cfp_list(path: Path, row: dict[str, int]) -> dict[int, int]:
     index: dict[int, int] = {}
     for number, line in read_lines(path):
         parts = line.split()
-        name = "/".join(parts[-1].removesuffix(".jpg").split("/")[-3:])
-        if len(parts) != 2 or not _is_number(parts[0]) or name not in row:
+        name = _cfp_name(parts[-1])
+        if len(parts) != 2 or not _is_number(parts[0]) or name.count("/") != 2:
             raise UserError(f"{path}, line {number}: expected 'index path of a known image', got {line!r}")
+        if name not in row:
+            raise UserError(f"names: there is no {name}, which {path} has in line {number}, but {next(iter(row), '')}")
         if int(parts[0]) in index:
             raise UserError(f"{path}, line {number}: index {parts[0]} stands there twice")
         index[int(parts[0])] = row[name]
     return index
+
+
+def _cfp_name(path: str) -> str:
+    return "/".join(plain_name(path).replace("\\", "/").split("/")[-3:])
 
 
 def _pairs(found: list[tuple[int, int, bool, int]]) -> Pairs:

@@ -226,7 +226,7 @@ def _read_index(path: Path, file: Reader) -> NDArray[np.int64]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # numpy warns where text that is no number ends the reading
-            numbers = np.fromstring(path.read_text("ascii"), np.int64, sep=" ")
+            numbers = np.fromstring(path.read_text("utf-8-sig"), np.int64, sep=" ")
         if len(numbers) % 2:
             raise ValueError("an odd number of numbers")
     except (ValueError, DeprecationWarning):

@@ -218,7 +218,8 @@ def decode(content: bytes, shape: tuple[int, ...] | None = None) -> NDArray[np.u
     """(3, H, W) uint8 RGB of an encoded image, upright by its EXIF orientation, on black where it is transparent.
 
     Raises ValueError with the reason where it is damaged, or is of more than Pillow's 89 million pixels, which take
-    about 1 GB; WrongSize, by its header and with nothing of it decoded, where it is not of this shape (H, W).
+    about 1 GB; WrongSize where it is not of this shape (H, W): unless its sides are swapped by its header, and
+    with nothing of it decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -227,9 +228,12 @@ def decode(content: bytes, shape: tuple[int, ...] | None = None) -> NDArray[np.u
             warnings.simplefilter("ignore")  # about tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
-            if shape is not None and (image.height, image.width) != shape:
+            if shape is not None and sorted(image.size) != sorted(shape):
                 raise WrongSize(f"{image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}")
-            return np.ascontiguousarray(np.asarray(_rgb(image)).transpose(2, 0, 1))
+            image = _rgb(image)
+            if shape is not None and (image.height, image.width) != shape:  # upright at last
+                raise WrongSize(f"{image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}")
+            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
     except (WrongSize, MemoryError):
         raise
     except Exception as error:  # for damaged files, Pillow raises all sorts of things
@@ -241,16 +245,32 @@ def _rgb(image: Any) -> Any:
     """Pillow's image in RGB. Raises ValueError for a mode whose values have no known range."""
     from PIL import Image, ImageOps
 
+    white_is_0 = _white_is_0(image)
     image.load()
     with contextlib.suppress(Exception):  # a tag that can't be read turns nothing
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+        grey = np.asarray(image).astype(np.uint32)
+        grey = 65535 - grey if white_is_0 else grey
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[grey == clear] = 0
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode}, of which it isn't known what is white")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _white_is_0(image: Any) -> bool:
+    """Whether 0 is white in a TIFF of 16 bits, which Pillow leaves as it is. Raises ValueError for one of other bits
+    that it gives as of 16."""
+    if image.format != "TIFF" or not image.mode.startswith("I;16"):
+        return False
+    bits = image.tag_v2.get(258, (16,))
+    if tuple(bits) != (16,):
+        raise ValueError(f"a TIFF of {bits[0]} bits a pixel, expected 8 or 16")
+    return bool(image.tag_v2.get(262) == 0)
 
 
 def check_ids(labels: NDArray[np.int64], what: str) -> None:

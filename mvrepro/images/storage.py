@@ -146,21 +146,31 @@ def read_classes(folder: Path) -> list[str] | None:
 
 
 def write_classes(folder: Path, source: Encoded) -> None:
-    if names := class_names(source):
+    if names := class_names(source)[: int(source.labels.max()) + 1]:
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def class_names(source: Encoded) -> list[str]:
     """The names of the classes, none where they have no names. Raises UserError, before anything is written, for those
     that aren't both a line of text and a folder, and for two that would be the same: they come from others' files."""
-    first: dict[str, int] = {}
-    for number, name in enumerate(source.classes or []):
-        plain = unicodedata.normalize("NFC", name.strip())
+    names = source.classes or []
+    for number, name in enumerate(names):
+        plain = name.strip()
         if not plain or plain[0] == "." or "/" in plain or not is_text(name):
             raise UserError(f"class {number} is called {name!r}, which can't be the name of a folder")
+    if twice := alike(names):
+        raise UserError("the classes {} and {} are both called {}: rename one".format(*twice))
+    return names
+
+
+def alike(names: Sequence[str]) -> tuple[int, int, str] | None:
+    """The first two that a list can't tell from each other, and what both are in NFC and without blanks around."""
+    first: dict[str, int] = {}
+    for number, name in enumerate(names):
+        plain = unicodedata.normalize("NFC", name.strip())
         if first.setdefault(plain, number) != number:
-            raise UserError(f"the classes {first[plain]} and {number} are both called {plain}: rename one")
-    return source.classes or []
+            return first[plain], number, plain
+    return None
 
 
 def check_apart(out: Path, source: Path) -> None:

@@ -52,6 +52,7 @@ def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
     images: dict[str, tuple[int, int]] = {}
     ids: dict[str, int] = {}
     said: dict[str, int] = {}  # in .json
+    twice: set[str] = set()
     try:
         with tarfile.open(file.path, "r:") as tar:
             for member in tqdm(tar, f"listing {file.path.name}", leave=False, disable=None):
@@ -66,7 +67,9 @@ def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
                 if member.offset_data + member.size > file.size:
                     raise UserError(f"{file.path}: cut off within {member.name}")
                 if kind == ".json":
-                    said |= _json_id(key, file.read(member.offset_data, member.size))
+                    found = _json_id(key, file.read(member.offset_data, member.size))
+                    twice |= found.keys() & said.keys()
+                    said |= found
                     continue
                 if key in (ids if kind == ".cls" else images):
                     raise UserError(f"{file.path}: {key} has two {'class ids' if kind == '.cls' else 'images'}")
@@ -74,8 +77,11 @@ def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
                     ids[key] = _class_id(file.read(member.offset_data, member.size), f"{file.path}, {member.name}")
                 else:
                     images[key] = (member.offset_data, member.size)
+            _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{file.path}: not a whole, uncompressed tar file: {error}") from None
+    if unsure := sorted(twice & images.keys() - ids.keys()):
+        raise UserError(f"{file.path}: {unsure[0]} has two class ids (.json)")
     ids = {key: number for key, number in said.items() if key in images} | ids
     alone = sorted(images.keys() ^ ids.keys())
     if alone:
@@ -83,6 +89,16 @@ def _scan(shard: int, file: Reader) -> NDArray[np.int64]:
         raise UserError(f"{file.path}: {alone[0]} has no {lacks} ({len(alone)} such keys)")
     rows = [(shard, *place, ids[key]) for key, place in images.items()]
     return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _check_end(file: Reader, end: int) -> None:
+    """Raises UserError where more than zeros follows the last file that tarfile lists."""
+    for start in range(end, file.size, 1 << 20):
+        if file.read(start, 1 << 20).strip(b"\0"):
+            raise UserError(
+                f"{file.path}: more follows its end at byte {end}, which no reader would see: it is damaged, or tars "
+                "were joined by cat; keep each in a file of its own"
+            )
 
 
 def _class_id(content: bytes, where: str) -> int:

@@ -11,7 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 from mvrepro.errors import UserError
 from mvrepro.files import read_column
 from mvrepro.protocols.scores import Largest, unit
-from mvrepro.protocols.verification import check_fprs, impostor_pairs, operating_points, scan_pairs, to_keep, tpr_at_fpr
+from mvrepro.protocols.verification import (
+    allowed,
+    check_fprs,
+    check_scores,
+    impostor_pairs,
+    operating_points,
+    scan_pairs,
+    to_keep,
+    tpr_at_fpr,
+)
 
 Entry = tuple[str, str]  # an image's name, and where the list names it
 
@@ -21,7 +30,7 @@ class Blufr:
     """vr, dir (T,) float64: each trial's verification rate, and its detection and identification rate at rank 1.
 
     strict_dir (T,): dir by the rule of tpr_at_fpr, which vr follows: at most floor(FAR · strangers) of them are
-    accepted, at a threshold just above the first that is refused, and a tie in rank fails.
+    accepted, at a threshold just above the first that is refused, and a tie in rank fails. NaN where that is none.
     """
 
     vr: NDArray[np.float64]
@@ -82,9 +91,10 @@ def blufr(
     - dir: the gallery has one image a person. Of the probes of people in it, the share whose own person's
       score is the highest of all and is accepted, score >= threshold. It is computed as the authors' OpenSetROC.m
       does: of the strangers' best scores in the gallery the threshold is the round(FAR · strangers)-th, which is
-      accepted itself, and of equal scores the image that stands first in the gallery has the better rank.
+      accepted itself; where that rounds to 0, what is above all of them is accepted. Of equal scores the image that
+      stands first in the gallery has the better rank.
     The two rules differ by a few of millions of pairs, and by up to a point of dir: see Blufr.strict_dir.
-    Raises ValueError for wrong arrays and for a FAR too small for its trial.
+    Raises ValueError for wrong arrays, and for a FAR too small for the impostor pairs of its trial.
     """
     x, people = unit(embeddings), trials.people
     if len(people) != len(x):
@@ -108,16 +118,24 @@ def _dir(
     x: NDArray[np.float64], codes: NDArray[np.intp], gallery: NDArray[np.intp], probe: NDArray[np.intp], far: float
 ) -> tuple[float, float]:
     """dir and strict_dir."""
+    if not 0 < far <= 1:
+        raise ValueError(f"a false-alarm rate must be in (0, 1], got {far}")
     scores = (x[probe] @ x[gallery].T).astype(np.float32)
     own = codes[probe][:, None] == codes[gallery]
     known = own.any(axis=1)
     mate = scores[own]  # one per known probe, in their order
     others = np.where(own, -np.inf, scores).max(axis=1)
     strangers = np.sort(others[~known])[::-1]
-    (point,) = tpr_at_fpr(mate, strangers, [far])
-    strict = (mate > others[known]) & (mate >= np.float64(point.threshold))  # see Operating
+    check_scores(genuine=len(mate), impostor=len(strangers))
+    strict = np.full(len(mate), np.nan)
+    if allowed(len(strangers), far):
+        (point,) = tpr_at_fpr(mate, strangers, [far])
+        strict = (mate > others[known]) & (mate >= np.float64(point.threshold))  # see Operating
     count = int(np.floor(far * len(strangers) + 0.5))  # MATLAB rounds halves up
-    accepted = mate >= strangers[count - 1] if count < len(strangers) else np.ones(len(mate), bool)
+    if count == 0:
+        accepted = mate > strangers[0]
+    else:
+        accepted = mate >= strangers[count - 1] if count < len(strangers) else np.ones(len(mate), bool)
     first = scores[known].argmax(axis=1) == own[known].argmax(axis=1)
     return float(np.mean(first & accepted)), float(np.mean(strict))
 

@@ -19,11 +19,13 @@ def unit(
     x = np.asarray(embeddings, dtype=np.float64)
     if x.ndim != 2:
         raise ValueError(f"{what} must be (N, D), got {x.shape}")
-    lengths = np.linalg.norm(x, axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(x, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
     if len(bad):
         row = bad[0] if numbers is None else numbers[bad[0]]
-        raise ValueError(f"{what} must be finite and of length > 0; row {row} is not")
+        long = " (its length is beyond what float64 holds)" if np.isfinite(x[bad[0]]).all() and lengths[bad[0]] else ""
+        raise ValueError(f"{what} must be finite and of length > 0; row {row} is not{long}")
     return np.asarray(x / lengths)
 
 

@@ -13,6 +13,7 @@ from mvrepro.errors import UserError
 Range = tuple[float, float]
 COUNT: Range = (0, 2**31)  # of steps, images, …
 SHARE: Range = (0, 1)
+BELOW_1: Range = (0, 0.999999)
 PART: Range = (1e-9, 1)  # a share that is not 0
 
 
@@ -66,7 +67,7 @@ class TrainConfig:
     schedule: str = setting("how lr falls: in steps or as a cosine", "step", one_of=("step", "cosine"))
     warmup: int = setting("steps over which lr grows from 0", 0, COUNT)
     accumulate: int = setting("parts of a batch that go through the network one after the other", 1, (1, 2**20))
-    momentum: float = setting("momentum of SGD", 0.9, SHARE)
+    momentum: float = setting("momentum of SGD", 0.9, BELOW_1)
     weight_decay: float = setting("weight decay of SGD", 5e-4, (0, 1e6))
     decay_all: bool = setting("weight decay on biases and on the scales of batch norms, too", True)
     clip: float = setting("largest norm of the gradient of backbone and head together (0: any)", 0.0, (0, 1e38))
@@ -163,6 +164,8 @@ def check(config: TrainConfig) -> None:
             if item.metadata["one_of"] and one not in item.metadata["one_of"]:
                 known = ", ".join(item.metadata["one_of"])
                 raise UserError(f"unknown {item.name} {one!r}; known are: {known}")
+    if any(one >= other for one, other in zip(config.milestones, config.milestones[1:], strict=False)):
+        raise UserError(f"milestones must rise, each once, got {' '.join(map(str, config.milestones))}")
     if re.search(r"[/\\]", config.variant) or not config.variant.isprintable():
         raise UserError(
             f"variant must be words, without / and the like: it is a part of files' names, got {config.variant!r}"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError
-from mvrepro.files import LOCAL, check_writable, display, read_json, write_atomic, write_json
+from mvrepro.files import LOCAL, check_file, check_writable, display, read_json, write_atomic, write_json
 from mvrepro.losses import LOSSES
 from mvrepro.provenance import code_hash, config_hash, provenance
 from mvrepro.training import tasks
@@ -71,7 +71,9 @@ def train(
     for place in filter(None, (out, work)):
         if save and place.resolve().is_relative_to(save.resolve()):  # what lies there makes room for a checkpoint
             raise UserError(f"--out {display(place)} lies in --save {display(save)}: choose another place for one")
-    for place in filter(None, (out, work, save)):
+    if out:
+        check_file(out)
+    for place in filter(None, (work, save)):
         check_writable(place)
     with joined(config) as ranks, closing(prepare(config, ranks)) as session:
         network, order = session.network, session.order
@@ -131,6 +133,21 @@ def check_used(config: TrainConfig, given: Iterable[str]) -> None:
             others = ", ".join(data for data in (*tasks.TASKS, "PATH") if name in tasks.settings_of(data))
         if others:
             raise UserError(f"--{name.replace('_', '-')} decides nothing with {here}; it does with {others}")
+    _check_reached(config, set(given))
+
+
+def _check_reached(config: TrainConfig, given: set[str]) -> None:
+    """Refuse what was asked for by name and lies behind the end of the run, unless that may have been shortened, to
+    try it. Raises UserError."""
+    limit, most, values = "steps", config.steps, {"test_every": config.test_every} if config.steps else {}
+    if not config.steps and config.epochs and "epochs" not in given:
+        limit, most = "epochs", config.epochs
+        values = {"milestones": max(config.milestones, default=0) + 1, "margin_epochs": config.margin_epochs + 1}
+    for name in (name for name in values if name in given):
+        value = getattr(config, name)
+        if value and values[name] > most:
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{name.replace('_', '-')} {text} lies behind the end of the run, --{limit} {most}")
 
 
 def made_by(config: TrainConfig) -> dict[str, str]:
@@ -150,6 +167,10 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
         check_network(config)
         task = tasks.load(config)
         order = Order(config, len(task.train), ranks.rank, ranks.count)
+        if config.warmup > order.steps > 0 and not config.steps:
+            raise UserError(
+                f"a warm-up of {config.warmup:,} steps, but the run has {order.steps:,}: set a --warmup below"
+            )
         shape = task.train.read(np.zeros(1, np.int64)).shape[1:]
     network = Network(config, int(task.train.labels.max()) + 1, shape, ranks)
     return Session(config, ranks, task, order, network, Test(task, network))

@@ -182,6 +182,25 @@ def test_a_list_is_not_written_over_one_that_is_read(
     assert tested.read_text() == "Bo\n"
 
 
+def test_nothing_is_written_among_photographs_and_embeddings(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ea", "eb"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "embeddings.npy", np.eye(3, 4))
+        (tmp_path / name / "ids.txt").write_text("Ann_Lee\nBo\ngeorge  BUSH\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ea, eb = tmp_path / "ea", tmp_path / "eb"
+    for given in ((people, eb), (ea, eb), (people, eb, "--embeddings", ea, eb)):
+        for read in given[:2]:
+            for out in (read / "ids.txt", read / "Bo" / "0.png", read / "new.txt"):
+                error = call(capsys, "overlap", *given, "--out", out, code=1)
+                assert f"{out} " in error and ", which is read: name a file elsewhere" in error
+    error = call(capsys, "overlap", people, people, "--embeddings", ea, eb, "--out", ea / "embeddings.npy", code=1)
+    assert f"lies in {ea}, which is read" in error
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_a_name_that_is_not_utf8_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (b"Jos\xe9", b"Ann"):
         (tmp_path / "set" / os.fsdecode(name)).mkdir(parents=True)

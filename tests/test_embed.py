@@ -147,6 +147,19 @@ def test_what_is_there_is_not_written_over(
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_embeddings_do_not_lie_among_what_is_read(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: tuple[Path, torch.nn.Module],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert f"lies in {people}, which is read: choose another place" in fails(capsys, ours[0], people, people / "emb")
+    assert f"lies in {ours[0]}, which is read" in fails(capsys, ours[0], people, ours[0])
+    monkeypatch.setenv("MVREPRO_DATA", str(tmp_path))
+    (tmp_path / "lfw" / "images").mkdir(parents=True)
+    out = tmp_path / "lfw" / "images" / "emb"
+    assert f"lies in {tmp_path / 'lfw'}, which is read" in fails(capsys, ours[0], "lfw", out)
+    assert not out.exists() and not (people / "emb").exists()
+
+
 def test_a_checkpoint_is_embedded_as_its_run_tested(
     people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

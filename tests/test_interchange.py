@@ -283,6 +283,21 @@ def test_pairs_are_judged_as_the_protocol_does(lfw: Path, capsys: pytest.Capture
     }
 
 
+def test_figures_are_not_written_among_lists(
+    lfw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--embeddings", lfw / "e.npy", "--names", lfw / "names.txt")
+    (data := tmp_path / "data" / "lfw" / "images").mkdir(parents=True)
+    (lists := tmp_path / "lists").mkdir()
+    error = fails(capsys, "blufr", *given, "--lists", lists, "--out", lists / "test_set.txt")
+    assert f"{lists / 'test_set.txt'} lies in {lists}, which is read: name a file elsewhere" in error
+    monkeypatch.setenv("MVREPRO_DATA", str(tmp_path / "data"))
+    for protocol, out in (("lfw", "pairs.txt"), ("blufr", "blufr/test_set.txt")):
+        error = fails(capsys, protocol, *given, "--out", data.parent / out)
+        assert f"lies in {data.parent}, which is read" in error
+    assert "could not write /proc/x.json" in fails(capsys, "lfw", *given, "--pairs", lfw / "pairs.txt", "--out", "/proc/x.json")  # fmt: skip  # noqa: E501
+
+
 def test_the_convention_of_insightface_is_asked_for_by_name(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = np.load(lfw / "e.npy")
     left, right = np.arange(20), np.r_[np.arange(20) ^ 1][np.r_[0:10, 15:20, 10:15]]

@@ -169,7 +169,7 @@ def _overlap(arguments: argparse.Namespace) -> int:
         raise UserError(f"--threshold must be a cosine, in -1 … 1, got {threshold:g}")
     outs = [out, out.with_name(f"{out.name}.tsv")] if (out := arguments.out) else []  # the names, their cosines
     for each in outs:
-        check_file(each, (arguments.names, arguments.others))
+        check_file(each, (arguments.names, arguments.others, *(arguments.embeddings or ())))
     names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
     alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)

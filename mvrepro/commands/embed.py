@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mvrepro.errors import UserError, explain_os_error
 from mvrepro.files import TEMPORARY, read_json, write_atomic, write_json
 from mvrepro.images import Encoded, Files, Images, open_images, photographs, read_bin, small
-from mvrepro.images.storage import alone
+from mvrepro.images.storage import alone, check_apart
 
 MOST_THREADS = 1024
 NOTE = """OUT gets embeddings.npy (N, D), names.txt with the image of each row, ids.txt with its person where the set
@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_apart(arguments.out, arguments.network)
+    check_apart(arguments.out, _place(arguments.images))
     with alone(arguments.out):  # two would write into one part
         return _run(arguments)
 
@@ -123,6 +125,12 @@ def _network(path: Path, threads: int) -> Any:
     if not built:
         raise UserError(f"{path} was written before checkpoints said what network they hold: save it again")
     return interchange.embedder(interchange.rebuilt(path, built, state), built, settings["flip"])
+
+
+def _place(images: str) -> Path:
+    """Where the images lie, or would."""
+    root = Path(os.environ.get("MVREPRO_DATA") or images)
+    return root / images if images in photographs.SOURCES else Path(images)
 
 
 def _source(images: str, size: int) -> Images:

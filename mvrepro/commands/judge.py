@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if foreign := [name for name in given if name not in needs + takes]:
         raise UserError(f"the protocol {arguments.protocol} knows nothing of {_options(foreign, ', ')}")
     if arguments.out:
-        check_file(arguments.out, (value for name in given if isinstance(value := getattr(arguments, name), Path)))
+        read = [value for name in given if isinstance(value := getattr(arguments, name), Path)]
+        check_file(arguments.out, [*read, *_lists(arguments)])
     inputs: dict[str, Any] = {}
     for name in given:
         value = getattr(arguments, name)
@@ -85,6 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
         asked = {"convention": arguments.convention} if arguments.convention else {}
         write_json(arguments.out, {"protocol": arguments.protocol, **asked, "metrics": metrics})
     return 0
+
+
+def _lists(arguments: argparse.Namespace) -> list[Path]:
+    """The lists of MVREPRO_DATA that are read where none are named."""
+    name, named = arguments.protocol, arguments.pairs or arguments.lists
+    if name in ("cfp-ff", "cfp-fp"):
+        return [photographs.folder("cfp")]
+    return [photographs.folder("lfw")] if name in ("lfw", "blufr") and not named else []
 
 
 def _inputs(protocol: Callable[..., Metrics]) -> tuple[list[str], list[str]]:

@@ -434,6 +434,43 @@ def test_an_image_with_two_rows_is_named_with_both_lines(
     assert f"names.txt, lines 3 and 10: {lines[2]} stands there twice" in error
 
 
+@pytest.mark.parametrize("protocol", ["lfw", "blufr"])
+def test_an_image_in_two_folders_is_named_with_both_lines(
+    lfw: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    lines = (lfw / "names.txt").read_text().splitlines()
+    lines[9], lines[2] = f"y\\{lines[2]}.jpg", f"x/{lines[2]}"
+    (lfw / "names.txt").write_text("\n".join(lines))
+    where = ("--pairs", lfw / "pairs.txt") if protocol == "lfw" else ("--lists", lfw)
+    error = fails(capsys, protocol, "--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", *where)
+    assert f"names.txt, lines 3 and 10: {lines[2][2:]} stands there twice" in error
+
+
+def test_images_of_cfp_are_known_below_other_folders_and_missed_by_name(
+    lfw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocol = lfw / "cfp" / "protocol"
+    (lfw / "cfp" / "images").mkdir(parents=True)
+    names = [f"{person:03d}/frontal/{shot:02d}" for person in range(1, 13) for shot in (1, 2)]
+    for fold in range(1, 11):
+        (folder := protocol / "Split" / "FF" / f"{fold:02d}").mkdir(parents=True)
+        (folder / "same.txt").write_text("1,2\n3,4\n")
+        (folder / "diff.txt").write_text("1,3\n5,7\n")
+    listed = "".join(f"{i} ../Data/Images/{name}.jpg\n" for i, name in enumerate(names, 1))
+    (protocol / "Pair_list_F.txt").write_text(listed)
+    monkeypatch.setenv("MVREPRO_DATA", str(lfw))
+    given, found = ("--embeddings", lfw / "e.npy", "--names", lfw / "n.txt"), []
+    for form in ("{}", "images/{}.jpg", "images/{}.png"):
+        lines = [form.format(name) for name in names]
+        text = "\n".join(lines)
+        (lfw / "n.txt").write_text(text.replace("/", "\\") if form.endswith(".png") else text)
+        found.append(judged(capsys, "cfp-ff", *given))
+    assert found == [found[0]] * 3
+    (lfw / "n.txt").write_text("\n".join([names[0], "999/frontal/09", *names[2:]]))
+    error = fails(capsys, "cfp-ff", *given)
+    assert "--names lacks the image 001/frontal/02 (" in error and "it has names such as '001/frontal/01'" in error
+
+
 def test_an_option_of_another_protocol_is_refused(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--embeddings", lfw / "e.npy", "--ids", lfw / "ids.txt")
     error = fails(capsys, "all-pairs", *given, "--pairs", lfw / "pairs.txt", "--sizes", "3")

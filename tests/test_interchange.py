@@ -289,8 +289,9 @@ def test_figures_are_not_written_among_lists(
     given = ("--embeddings", lfw / "e.npy", "--names", lfw / "names.txt")
     (data := tmp_path / "data" / "lfw" / "images").mkdir(parents=True)
     (lists := tmp_path / "lists").mkdir()
+    (lists / "test_set.txt").write_text("1\n")
     error = fails(capsys, "blufr", *given, "--lists", lists, "--out", lists / "test_set.txt")
-    assert f"{lists / 'test_set.txt'} lies in {lists}, which is read: name a file elsewhere" in error
+    assert f"{lists / 'test_set.txt'} is read, and would be written over" in error
     monkeypatch.setenv("MVREPRO_DATA", str(tmp_path / "data"))
     for protocol, out in (("lfw", "pairs.txt"), ("blufr", "blufr/test_set.txt")):
         error = fails(capsys, protocol, *given, "--out", data.parent / out)

@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     if foreign := [name for name in given if name not in needs + takes]:
         raise UserError(f"the protocol {arguments.protocol} knows nothing of {_options(foreign, ', ')}")
     if arguments.out:
-        read = [value for name in given if isinstance(value := getattr(arguments, name), Path)]
+        paths = [value for name in given if isinstance(value := getattr(arguments, name), Path)]
+        read = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
         check_file(arguments.out, [*read, *_lists(arguments)])
     inputs: dict[str, Any] = {}
     for name in given:

@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     lfw, cfp = photographs.files("lfw"), photographs.files("cfp")
     assert lfw.names is not None and cfp.names is not None
     tests = Tests(lfw.names, np.array(lfw.classes)[lfw.labels], cfp.names)
+    from mvrepro import interchange  # which needs torch
+
     values: dict[str, Any] = {}
     for name, path in networks.items():
         sets = []
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             options = ["--threads", str(arguments.threads), "--batch", "4"]  # few, which stay in a core's cache
             if code := main(["embed", str(path), images, str(folder), *options]):
                 return code  # it has said why
-            sets.append(np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False))
+            sets.append(interchange.load_embeddings(folder / "embeddings.npy"))
         values[name] = tests.judge(name, *sets)
     if arguments.pixels:
         values[PIXELS] = tests.judge(PIXELS, *_pixels(), blufr=False)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -43,6 +44,9 @@ ROOT = PACKAGE.parent if CLONE else _here()
 PARAMS = (ROOT if CLONE else PACKAGE) / "params.yaml"
 RESULTS = ROOT / "results"
 LOCAL = _local()  # what only this machine knows
+LONGEST_LIST = 2**30  # bytes
+JOINERS = "\u200c\u200d"  # within and behind letters of Persian, Hindi, Malayalam and others
+BARE_JOINER = re.compile(rf"(?<![\w\u0900-\u0dff])[{JOINERS}]|(?<![\u0900-\u0dff])[{JOINERS}](?!\w)")
 TEMPORARY = ".writing-"  # the prefix of files that are not whole yet; git ignores it
 
 
@@ -86,16 +90,23 @@ def check_writable(path: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         code = errno.EACCES if there.is_dir() else errno.ENOTDIR
         raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}")
+    try:
+        tempfile.TemporaryFile(prefix=TEMPORARY, dir=there).close()  # /proc says that it can be written to
+    except OSError as error:
+        raise explain_os_error(OSError(error.errno, error.strerror), f"write {display(path)}") from None
 
 
 def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
     """check_writable, for a place where a file goes: a folder of that name would be in its way. It must be none of
-    the inputs either."""
+    the inputs either, nor lie in one that is a folder."""
     if path.is_dir():
         raise UserError(f"could not write {display(path)}: it is a folder; name a file")
+    for one in inputs:
+        if path.exists() and one.exists() and path.samefile(one):
+            raise UserError(f"{display(path)} is read, and would be written over: name another file")
+        if one.is_dir() and path.resolve().is_relative_to(one.resolve()):
+            raise UserError(f"{display(path)} lies in {display(one)}, which is read: name a file elsewhere")
     check_writable(path)
-    if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
-        raise UserError(f"{display(path)} is read, and would be written over: name another file")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -125,21 +136,50 @@ def read_lines(path: Path, *, empty: bool = False) -> list[tuple[int, str]]:
     """The lines of a text list that hold something, one at least unless `empty`, with their numbers from 1.
 
     Byte-order marks, any line ends and blanks around a line don't count, and names are in NFC, so that what looks the
-    same is the same. Raises UserError for what can't be read or isn't UTF-8.
+    same is the same. Raises UserError for what can't be read, isn't UTF-8, is of more than LONGEST_LIST bytes, or holds
+    what can't be seen.
     """
+    content = _text(path)
     try:
-        content = path.read_bytes()
         text = unicodedata.normalize("NFC", content.decode().replace("\ufeff", ""))
-    except OSError as error:
-        raise UserError(f"{path} can't be read as a list: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8, {error.reason}") from None
     ends = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if unseen(text):
+        number, what = next((number, what) for number, line in enumerate(ends, 1) if (what := unseen(line)))
+        raise UserError(f"{path}, line {number}: holds {what}, which can't be seen: take it out")
     lines = [(number, line.strip()) for number, line in enumerate(ends, 1) if line.strip()]
     if not lines and not empty:
         raise UserError(f"{path}: the list is empty")
     return lines
+
+
+def _text(path: Path) -> bytes:
+    """The bytes of a list. Raises UserError, without having read all of it, where they are too many or no text."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(1 << 20)
+            if b"\0" not in content:
+                content += file.read(LONGEST_LIST + 1 - len(content))
+    except OSError as error:
+        raise UserError(f"{path} can't be read as a list: {error.strerror or error}") from None
+    if (zero := content.find(b"\0")) >= 0:
+        line = content.count(b"\n", 0, zero) + 1
+        raise UserError(f"{path}, line {line}: a zero byte, so it is UTF-16 or no text: a list in UTF-8 is expected")
+    if len(content) > LONGEST_LIST:
+        raise UserError(f"{path} can't be read as a list: it has more than {LONGEST_LIST:,} bytes")
+    return content
+
+
+def unseen(text: str) -> str:
+    """The first character of a text that can't be seen but makes names different, as "U+200B": of those that control,
+    but tabs and line ends, and of those that format, but JOINERS among letters. "" where there is none."""
+    for character in sorted(set(text) - set("\t\r\n")):
+        kind = unicodedata.category(character)
+        if kind == "Cc" or (kind == "Cf" and (character not in JOINERS or BARE_JOINER.search(text))):
+            return f"U+{ord(character):04X}"
+    return ""
 
 
 def read_column(path: Path, once: Callable[[str], str] | None = None, *, empty: bool = False) -> list[str]:

@@ -186,6 +186,24 @@ def test_settings_of_a_profile_that_are_missing_are_named(capsys: pytest.Capture
     assert said == "mvrepro train: params.yaml, toy.train: lacks embedding_dim"
 
 
+def test_a_run_writes_nothing_into_what_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("people/ann", "people/bo", "net", "d.json"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "net" / "manifest.json").write_text("{}")
+    (tmp_path / "v.bin").write_bytes(b"")
+    people, net, out = tmp_path / "people", tmp_path / "net", ["--out", tmp_path / "out.json"]
+    for options, message in (
+        (["--data", people, *out, "--save", people / "net"], f"{people / 'net'} lies in {people}, which is read"),
+        (["--data", people, "--out", people / "r.json"], f"r.json lies in {people}, which is read"),
+        (["--data", people, *out, "--verify", tmp_path / "v.bin", "--save", tmp_path / "v.bin"], "which is read"),
+        (["--start-from", net, "--out", net / "manifest.json"], f"manifest.json lies in {net}, which is read"),
+        (["--start-from", net, *out, "--save", net / "next"], f"next lies in {net}, which is read"),
+        (["--out", tmp_path / "d.json"], f"could not write {tmp_path / 'd.json'}: it is a folder; name a file"),
+    ):
+        assert message in fails(capsys, *TOY, *options)
+    assert (tmp_path / "net" / "manifest.json").read_text() == "{}" and not (tmp_path / "out.json").exists()
+
+
 @pytest.mark.parametrize("option", ["--out", "--save"])
 def test_a_place_that_cannot_be_written_is_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import sys
 import tarfile
@@ -57,8 +58,10 @@ def test_inspect_counts_and_draws(people: Path, capsys: pytest.CaptureFixture[st
         "every image decodes",
     ]
     (people / "Bo" / "1.png").write_bytes(b"junk")
+    (people / "Bo" / "9.png").symlink_to("nowhere")
     printed = call(capsys, "inspect", people, "--decode", code=1)
-    assert f"1 images don't decode\n{people / 'Bo' / '1.png'}: not an image (4 bytes)" in printed
+    assert f"2 images don't decode\n{people / 'Bo' / '1.png'}: not an image (4 bytes)\n" in printed
+    assert f"\n{people / 'Bo' / '9.png'} can't be read as an image: " in printed
 
 
 def test_the_histogram_counts_everybody_once() -> None:
@@ -182,6 +185,92 @@ def test_a_list_is_not_written_over_one_that_is_read(
     assert tested.read_text() == "Bo\n"
 
 
+def test_embeddings_by_two_networks_or_of_other_people_are_refused(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"network": "a", "size": 112, "colour": "rgb", "normalise": [127.5, 128.0], "mirror": False}
+    ids = {"ea": ["Ann_Lee", "Bo"], "eb": ["Cy", "Dee"]}
+    for name, listed in ids.items():
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "embeddings.npy", np.eye(2, 4))
+        (tmp_path / name / "ids.txt").write_text("".join(f"{who}\n" for who in listed))
+        (tmp_path / name / "about.json").write_text(json.dumps(about))
+    ea, eb = tmp_path / "ea", tmp_path / "eb"
+    given = ("overlap", people, eb, "--embeddings", ea, eb)
+    assert f"1 of the 3 names have no embeddings in {ea}: the network says nothing of them" in call(capsys, *given)
+    (tmp_path / "others.txt").write_text("Cy\n")
+    error = call(capsys, "overlap", people, tmp_path / "others.txt", *given[3:], code=1)
+    assert f"{eb / 'ids.txt'}: Dee is not among the others (1 such people)" in error
+    for key, other in (("network", "b"), ("size", 96), ("colour", "bgr"), ("normalise", [0.0, 1.0]), ("mirror", True)):
+        (eb / "about.json").write_text(json.dumps(about | {key: other}))
+        assert f"prepared in two ways: {key} is {about[key]} and {other}" in call(capsys, *given, code=1)
+    (eb / "about.json").write_text("{")
+    assert "about.json is damaged" in call(capsys, *given, code=1)
+    (eb / "about.json").unlink()
+    call(capsys, *given)
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("Ann_Lee,3\nBo,2\n", "'Ann_Lee,3'"),
+        ("Ann_Lee 3\nDee 2\n", "'Ann_Lee 3'"),
+        ("3\tAnn_Lee\n", "'3\\tAnn_Lee'"),
+        ('"Ann_Lee"\n"Cy"\n', "'\"Ann_Lee\"'"),
+        ("Ann_Lee_0001\n", "'Ann_Lee_0001'"),
+        ("Ann_Lee/Ann_Lee_0001.jpg\n", "'Ann_Lee/Ann_Lee_0001.jpg'"),
+        ("000001.jpg 2880\n", ""),
+    ],
+)
+def test_a_list_of_another_form_is_told_where_nobody_is_found(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, bare: str
+) -> None:
+    listed = tmp_path / "l.txt"
+    listed.write_text(text)
+    convert = ("convert", people, tmp_path / "out", "--to", "rec", "--without", listed)
+    for given in (("overlap", people, listed), ("overlap", listed, people), convert):
+        printed = call(capsys, *given)
+        assert "none is the same: " in printed
+        if bare:
+            assert "would be if " in printed and f"a name alone in each line, such as 'Ann_Lee' for {bare}" in printed
+        else:
+            assert "a name a line is expected, or a folder a person" in printed
+
+
+def test_the_names_of_a_set_are_those_of_its_people(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rec = tmp_path / "rec" / "train.rec"
+    call(capsys, "convert", people, tmp_path / "rec", "--to", "rec")
+    assert "3 of the 3 names" in call(capsys, "overlap", people, tmp_path / "rec")
+    assert "a zero byte, so it is UTF-16 or no text" in call(capsys, "overlap", people, rec, code=1)
+    (tmp_path / "l.txt").write_text("Nobody\n")
+    assert "none is the same" in call(capsys, "convert", rec, tmp_path / "x", "--to", "rec", "--without", tmp_path / "l.txt")  # fmt: skip  # noqa: E501
+    for name in ("images", "blufr"):
+        (tmp_path / "lfw" / name).mkdir(parents=True)
+    error = call(capsys, "overlap", people, tmp_path / "lfw", code=1)
+    assert f"its folders are no people, for one is called images: name {tmp_path / 'lfw' / 'images'}" in error
+
+
+def test_nothing_is_written_among_photographs_and_embeddings(
+    people: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ea", "eb"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "embeddings.npy", np.eye(3, 4))
+        (tmp_path / name / "ids.txt").write_text("Ann_Lee\nBo\ngeorge  BUSH\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ea, eb = tmp_path / "ea", tmp_path / "eb"
+    for given in ((people, eb), (ea, eb), (people, eb, "--embeddings", ea, eb)):
+        for read in given[:2]:
+            for out in (read / "ids.txt", read / "Bo" / "0.png", read / "new.txt"):
+                error = call(capsys, "overlap", *given, "--out", out, code=1)
+                assert f"{out} " in error and ", which is read: name a file elsewhere" in error
+    error = call(capsys, "overlap", people, people, "--embeddings", ea, eb, "--out", ea / "embeddings.npy", code=1)
+    assert f"lies in {ea}, which is read" in error
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_a_name_that_is_not_utf8_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (b"Jos\xe9", b"Ann"):
         (tmp_path / "set" / os.fsdecode(name)).mkdir(parents=True)
@@ -246,6 +335,8 @@ def test_prepare_says_what_it_passed_over(
     assert "7 without a face" in printed and "1 could not be read: see " in printed and "of no photo" not in printed
     (people / "Bo" / "1.png").unlink()
     assert "1 crops in " in call(capsys, "prepare", people, tmp_path / "out")
+    error = call(capsys, "prepare", people, tmp_path / "out", "--bad-limit", "-1", code=1)
+    assert "--bad-limit must be 0 or more, got -1" in error
     assert "more than the limit of 0" in call(capsys, "prepare", people, tmp_path / "out", "--bad-limit", "0", code=1)
 
 

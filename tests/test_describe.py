@@ -36,6 +36,12 @@ def test_describe_without_data_says_where_to_get_it(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "data.json").exists()
 
 
+def test_describe_says_at_once_where_it_cannot_write(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mvrepro.commands.describe.describe", None)
+    assert main(["describe", "--out", str(tmp_path)]) == 1
+    assert "it is a folder; name a file" in capsys.readouterr().err
+
+
 def test_evidence_is_read_as_arrays(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "made-up"
     folder.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """`python -m mvrepro embed`: any network over any set, against the same computed here."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from PIL import Image
 from mvrepro import images, interchange, networks
 from mvrepro.__main__ import main
 from mvrepro.commands import embed
-from mvrepro.files import TEMPORARY, read_json
-from mvrepro.images import storage
+from mvrepro.files import TEMPORARY, read_json, write_json
+from mvrepro.images import archives, storage
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.loop import train
 
@@ -145,6 +146,104 @@ def test_what_is_there_is_not_written_over(
     for out in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
         assert "is there already and holds no embeddings" in fails(capsys, ours[0], people, out)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_embeddings_of_images_that_changed_are_other_ones(
+    people: Path, tmp_path: Path, ours: tuple[Path, torch.nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "had another place, size or time, or an image another person; remove it or choose another place"
+    done(ours[0], people, tmp_path / "e")
+    contents = [(people / place).read_bytes() for place in PLACES]
+    for name, order in (("one", [0, 1, 2, 3, 4, 5, 6]), ("two", [3, 4, 5, 6, 0, 1, 2])):
+        some = [contents[i] for i in order]
+        images.write_rec(tmp_path / name / "x.rec", images.Memory(some, np.array([0, 0, 0, 1, 1, 1, 1]), name))
+        images.write_bin(tmp_path / name / "x.bin", some[:6], [True, False, True])
+    for name in ("x.rec", "x.bin"):
+        (tmp_path / name).write_bytes((tmp_path / "one" / name).read_bytes())
+        done(ours[0], tmp_path / name, tmp_path / f"e{name}")
+        (tmp_path / name).write_bytes((tmp_path / "two" / name).read_bytes())
+        assert said in fails(capsys, ours[0], tmp_path / name, tmp_path / f"e{name}")
+    Image.fromarray(PIXELS[1]).save(people / PLACES[0])
+    assert said in fails(capsys, ours[0], people, tmp_path / "e")
+    about = read_json(tmp_path / "e" / "about.json")
+    write_json(tmp_path / "e" / "about.json", {key: about[key] for key in about if key != embed.STATE})
+    done(ours[0], people, tmp_path / "e")  # as 0.1 left it
+    assert "has them all already" in capsys.readouterr().out
+
+
+def test_damaged_results_are_not_taken_for_whole_ones(
+    people: Path, tmp_path: Path, ours: tuple[Path, torch.nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = done(ours[0], people, tmp_path / "e"), tmp_path / "e"
+    lists = {name: (out / name).read_bytes() for name in ("names.txt", "ids.txt")}
+    for name in lists:
+        (out / name).unlink()
+    done(ours[0], people, out)
+    assert lists == {name: (out / name).read_bytes() for name in lists}
+    content = (out / "embeddings.npy").read_bytes()
+    for damaged in (b"xx", content[:-4]):
+        (out / "embeddings.npy").write_bytes(damaged)
+        assert "is not a readable .npy file" in fails(capsys, ours[0], people, out)
+    for array in (whole[:6], whole.astype(np.float64)):
+        np.save(out / "embeddings.npy", array)
+        assert "expected float32 (7, D), got" in fails(capsys, ours[0], people, out)
+    (out / "ids.txt").write_text("Ann\n" * 7)
+    assert "ids.txt isn't what embed wrote: remove it, and the same call" in fails(capsys, ours[0], people, out)
+    (out / "ids.txt").unlink(), (out / "embeddings.npy").unlink()
+    assert np.array_equal(done(ours[0], people, out), whole)
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["A\nB/1.png"], r"'A\nB' can't be a line of a list: rename it"),
+        (["A/1\r.png"], r"'A/1\r.png' can't be a line"),
+        ([os.fsdecode(b"Jos\xe9/1.png")], r"'Jos\udce9' can't be a line"),
+        (["A\u200bnn/1.png"], "can't be a line of a list"),
+        ([" Ann/1.png", "Ann/1.png"], ": rename one"),
+        (["Zo\u00eb/1.png", "Zoe\u0308/1.png"], ": rename one"),
+        (["Zo\u00eb/1.png", "Zoe/1.png"], ""),
+    ],
+)
+def test_names_that_are_no_lines_are_refused(
+    tmp_path: Path, ours: tuple[Path, torch.nn.Module], capsys: pytest.CaptureFixture[str], places: list[str], said: str
+) -> None:
+    for place in places:
+        (tmp_path / "odd" / place).parent.mkdir(parents=True)
+        Image.fromarray(PIXELS[0]).save(tmp_path / "odd" / place)
+    if said:
+        assert said in fails(capsys, ours[0], tmp_path / "odd", tmp_path / "e") and not (tmp_path / "e").exists()
+    else:
+        assert len(done(ours[0], tmp_path / "odd", tmp_path / "e")) == len(places)
+
+
+def test_folders_of_images_alone_archives_and_digits_are_embedded(
+    people: Path, tmp_path: Path, ours: tuple[Path, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flat").mkdir()
+    for place in PLACES:
+        (people / place).rename(tmp_path / "flat" / Path(place).name)
+    found = done(ours[0], tmp_path / "flat", tmp_path / "f")
+    assert (tmp_path / "f" / "names.txt").read_text().split() == [Path(place).name for place in PLACES]
+    assert len(found) == 7 and not (tmp_path / "f" / "ids.txt").exists()
+    kept = images.Pixels.of_people(PIXELS.transpose(0, 3, 1, 2), np.array(["fiw:A"] * 3 + ["fiw:B"] * 4))
+    monkeypatch.setattr(archives, "archive", lambda name, size: {("fiw", 112): kept}[name, size])
+    assert np.array_equal(done(ours[0], "fiw", tmp_path / "a"), found)
+    assert (tmp_path / "a" / "ids.txt").read_text().split() == ["fiw:A"] * 3 + ["fiw:B"] * 4
+    assert len(done(ours[0], "digits", tmp_path / "d", "--batch", 64)) == 1797
+
+
+def test_embeddings_do_not_lie_among_what_is_read(
+    people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: tuple[Path, torch.nn.Module],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert f"lies in {people}, which is read: choose another place" in fails(capsys, ours[0], people, people / "emb")
+    assert f"lies in {ours[0]}, which is read" in fails(capsys, ours[0], people, ours[0])
+    monkeypatch.setenv("MVREPRO_DATA", str(tmp_path))
+    (tmp_path / "lfw" / "images").mkdir(parents=True)
+    out = tmp_path / "lfw" / "images" / "emb"
+    assert f"lies in {tmp_path / 'lfw'}, which is read" in fails(capsys, ours[0], "lfw", out)
+    assert not out.exists() and not (people / "emb").exists()
 
 
 def test_a_checkpoint_is_embedded_as_its_run_tested(

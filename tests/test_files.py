@@ -424,3 +424,55 @@ def test_a_cache_that_cannot_be_written_says_how_to_have_another(
         use = storage.alone(tmp_path / "set").__enter__
     with pytest.raises(UserError, match=r"; MVREPRO_CACHE can name another folder for what is kept between calls$"):
         use()
+
+
+# Lists
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "Ann\nBo\n".encode("utf-16-le"),
+            "line 1: a zero byte, so it is UTF-16 or no text: a list ",
+        ),
+        (b"Ann\nBo\0", "line 2: a zero byte, "),
+        (b"\x0a\x23\xd7\xce" + bytes(8), "line 2: a zero byte, "),  # a .rec
+        (b"Ann\nBo\n\x1a", "line 3: holds U+001A, which can't be seen: take it out"),
+        ("Ann\n\u200bBo\n".encode(), "line 2: holds U+200B, "),
+        ("\u00adAnn".encode(), "line 1: holds U+00AD, "),
+        ("Ann\u200e".encode(), "line 1: holds U+200E, "),
+        ("Bo \u200c".encode(), "line 1: holds U+200C, "),
+        (b"Ann\xff", "line 1: not UTF-8, "),
+        (b"A" * 1001, "can't be read as a list: it has more than 1,000 bytes"),
+    ],
+)
+def test_what_cannot_be_seen_in_a_list_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
+) -> None:
+    monkeypatch.setattr(files, "LONGEST_LIST", 1000)
+    (tmp_path / "l.txt").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        files.read_lines(tmp_path / "l.txt")
+    assert str(caught.value).startswith(str(tmp_path / "l.txt")) and said in str(caught.value)
+
+
+def test_letters_that_are_joined_by_what_is_not_seen_are_names(tmp_path: Path) -> None:
+    persian, hindi, malayalam = "\u0639\u0644\u06cc\u200c\u0627", "\u0915\u094d\u200d\u0937", "\u0d28\u0d4d\u200d"
+    (tmp_path / "l.txt").write_text(f"\ufeff{persian}\t3\r\n{hindi}\n{malayalam}\n", encoding="utf-8")
+    assert [line for _, line in files.read_lines(tmp_path / "l.txt")] == [f"{persian}\t3", hindi, malayalam]
+
+
+def test_nothing_is_written_into_a_folder_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "set" / "Ann").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    for out in (tmp_path / "set" / "new.txt", tmp_path / "set" / "Ann" / "0.png", tmp_path / "link" / "0.png"):
+        with pytest.raises(UserError, match=f"lies in {tmp_path / 'set'}, which is read: name a file elsewhere"):
+            check_file(out, [tmp_path / "set"])
+    check_file(tmp_path / "set.txt", [tmp_path / "set"])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_that_only_seems_to_be_writable_is_found_out() -> None:
+    with pytest.raises(UserError, match="could not write /proc/mvrepro"):
+        check_file(Path("/proc/mvrepro.json"))

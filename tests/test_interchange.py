@@ -283,6 +283,22 @@ def test_pairs_are_judged_as_the_protocol_does(lfw: Path, capsys: pytest.Capture
     }
 
 
+def test_figures_are_not_written_among_lists(
+    lfw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--embeddings", lfw / "e.npy", "--names", lfw / "names.txt")
+    (data := tmp_path / "data" / "lfw" / "images").mkdir(parents=True)
+    (lists := tmp_path / "lists").mkdir()
+    (lists / "test_set.txt").write_text("1\n")
+    error = fails(capsys, "blufr", *given, "--lists", lists, "--out", lists / "test_set.txt")
+    assert f"{lists / 'test_set.txt'} is read, and would be written over" in error
+    monkeypatch.setenv("MVREPRO_DATA", str(tmp_path / "data"))
+    for protocol, out in (("lfw", "pairs.txt"), ("blufr", "blufr/test_set.txt")):
+        error = fails(capsys, protocol, *given, "--out", data.parent / out)
+        assert f"lies in {data.parent}, which is read" in error
+    assert "could not write /proc/x.json" in fails(capsys, "lfw", *given, "--pairs", lfw / "pairs.txt", "--out", "/proc/x.json")  # fmt: skip  # noqa: E501
+
+
 def test_the_convention_of_insightface_is_asked_for_by_name(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = np.load(lfw / "e.npy")
     left, right = np.arange(20), np.r_[np.arange(20) ^ 1][np.r_[0:10, 15:20, 10:15]]
@@ -421,6 +437,43 @@ def test_an_image_with_two_rows_is_named_with_both_lines(
     where = {"lfw": ("--pairs", lfw / "pairs.txt"), "blufr": ("--lists", lfw)}.get(protocol, ())
     error = fails(capsys, protocol, "--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", *where)
     assert f"names.txt, lines 3 and 10: {lines[2]} stands there twice" in error
+
+
+@pytest.mark.parametrize("protocol", ["lfw", "blufr"])
+def test_an_image_in_two_folders_is_named_with_both_lines(
+    lfw: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    lines = (lfw / "names.txt").read_text().splitlines()
+    lines[9], lines[2] = f"y\\{lines[2]}.jpg", f"x/{lines[2]}"
+    (lfw / "names.txt").write_text("\n".join(lines))
+    where = ("--pairs", lfw / "pairs.txt") if protocol == "lfw" else ("--lists", lfw)
+    error = fails(capsys, protocol, "--embeddings", lfw / "e.npy", "--names", lfw / "names.txt", *where)
+    assert f"names.txt, lines 3 and 10: {lines[2][2:]} stands there twice" in error
+
+
+def test_images_of_cfp_are_known_below_other_folders_and_missed_by_name(
+    lfw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocol = lfw / "cfp" / "protocol"
+    (lfw / "cfp" / "images").mkdir(parents=True)
+    names = [f"{person:03d}/frontal/{shot:02d}" for person in range(1, 13) for shot in (1, 2)]
+    for fold in range(1, 11):
+        (folder := protocol / "Split" / "FF" / f"{fold:02d}").mkdir(parents=True)
+        (folder / "same.txt").write_text("1,2\n3,4\n")
+        (folder / "diff.txt").write_text("1,3\n5,7\n")
+    listed = "".join(f"{i} ../Data/Images/{name}.jpg\n" for i, name in enumerate(names, 1))
+    (protocol / "Pair_list_F.txt").write_text(listed)
+    monkeypatch.setenv("MVREPRO_DATA", str(lfw))
+    given, found = ("--embeddings", lfw / "e.npy", "--names", lfw / "n.txt"), []
+    for form in ("{}", "images/{}.jpg", "images/{}.png"):
+        lines = [form.format(name) for name in names]
+        text = "\n".join(lines)
+        (lfw / "n.txt").write_text(text.replace("/", "\\") if form.endswith(".png") else text)
+        found.append(judged(capsys, "cfp-ff", *given))
+    assert found == [found[0]] * 3
+    (lfw / "n.txt").write_text("\n".join([names[0], "999/frontal/09", *names[2:]]))
+    error = fails(capsys, "cfp-ff", *given)
+    assert "--names lacks the image 001/frontal/02 (" in error and "it has names such as '001/frontal/01'" in error
 
 
 def test_an_option_of_another_protocol_is_refused(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:

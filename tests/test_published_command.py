@@ -175,3 +175,13 @@ def test_a_network_that_cannot_be_embedded_ends_it(
     monkeypatch.setattr(published, "main", lambda arguments: 1)
     assert __main__.main(["published", "--out", str(tmp_path / "out.json")]) == 1
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_embedded(
+    world: World, embedded: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(published, "main", None)
+    network = world.folder / "networks" / "small.onnx"
+    for out, message in ((world.folder, "it is a folder"), (network, "is read, and would be written over")):
+        assert __main__.main(["published", "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err

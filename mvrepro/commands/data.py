@@ -1,6 +1,7 @@
 """`python -m mvrepro data`: fetch, prepare, inspect, overlap and convert sets of faces."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from mvrepro import images, protocols
 from mvrepro.errors import UserError
-from mvrepro.files import check_file, read_column, write_atomic
+from mvrepro.files import check_file, read_column, read_json, read_lines, write_atomic
 from mvrepro.images import align, fetch, photographs
 from mvrepro.images.storage import check_apart
 
@@ -102,6 +103,8 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    if arguments.bad_limit < 0:
+        raise UserError(f"--bad-limit must be 0 or more, got {arguments.bad_limit}")
     counts = align.prepare(arguments.raw, arguments.out, pick=arguments.pick, bad_limit=arguments.bad_limit)
     print(
         f"{counts['aligned']:,} aligned, {counts['centre']:,} without a face (their centre was taken), "
@@ -136,7 +139,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         try:
             sizes.add(images.decode(source.content(i)).shape[1:])
         except ValueError as error:
-            bad.append(f"{source.where(i)}: {error}")
+            where, text = source.where(i), str(error)
+            bad.append(text if text.startswith(where) else f"{where}: {text}")
     print("sizes: " + ", ".join(f"{width}×{height}" for height, width in sorted(sizes)))
     _list("images don't decode", bad)
     if not bad:
@@ -169,13 +173,18 @@ def _overlap(arguments: argparse.Namespace) -> int:
         raise UserError(f"--threshold must be a cosine, in -1 … 1, got {threshold:g}")
     outs = [out, out.with_name(f"{out.name}.tsv")] if (out := arguments.out) else []  # the names, their cosines
     for each in outs:
-        check_file(each, (arguments.names, arguments.others))
-    names, others = (photographs.people_of(path) for path in (arguments.names, arguments.others))
+        check_file(each, (arguments.names, arguments.others, *(arguments.embeddings or ())))
+    names, others = (_people(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
-    alike, chance = _alike(names, *arguments.embeddings) if arguments.embeddings else ({}, None)
+    alike, chance = _alike(names, others, *arguments.embeddings) if arguments.embeddings else ({}, None)
     print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
           f"in {arguments.others}; {len(names) - len(shared):,} remain")  # fmt: skip
+    if not shared:
+        print(_none_found(arguments.names, names, arguments.others, others))
     if chance is not None:
+        if lacking := len(names) - len(alike):
+            print(f"{lacking:,} of the {len(names):,} names have no embeddings in {arguments.embeddings[0]}: "
+                  "the network says nothing of them")  # fmt: skip
         seen = {name for name, (cosine, *_) in alike.items() if cosine >= threshold}
         print(_evidence(alike, shared, chance))
         print(f"the network finds {len(seen):,} from {threshold:g} on, {len(seen & shared):,} of them by "
@@ -194,13 +203,48 @@ def _overlap(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _people(path: Path, *, empty: bool = False) -> list[str]:
+    """photographs.people_of; and those of a set with classes.txt. Raises UserError for a folder whose people are in
+    its folder `images`."""
+    if path.is_dir() and not (path / "ids.txt").is_file():
+        if (path / "classes.txt").is_file():
+            return list(dict.fromkeys(read_column(path / "classes.txt")))
+        if (path / "images").is_dir():
+            raise UserError(f"{path}: its folders are no people, for one is called images: name {path / 'images'}")
+    return photographs.people_of(path, empty=empty)
+
+
+def _none_found(ours: Path, names: list[str], theirs: Path, others: list[str]) -> str:
+    """What the names of two lists look like, of which none is in the other, and what may be wrong with them."""
+    said = f"none is the same: {ours} has names such as {names[0]!r}, {theirs} such as {others[0]!r}"
+    for path, change, keep in ((ours, names, others), (theirs, others, names)):
+        try:
+            lines = [line for _, line in read_lines(path)]
+        except UserError:  # a folder, or a set
+            lines = change
+        bare = {_bare(line): line for line in lines}
+        if found := photographs.overlapping(bare, keep):
+            return (
+                f"{said}; {len(found):,} would be if {path} had a name alone in each line, such as {min(found)!r} for "
+                f"{bare[min(found)]!r}"
+            )
+    return f"{said}; a name a line is expected, or a folder a person"
+
+
+def _bare(line: str) -> str:
+    """A name without quotation marks, the number of an image or count before or behind it, and the file's suffix."""
+    plain = photographs.plain_name(line.strip().strip("\"'").rpartition("/")[2])
+    return re.sub(r"^\d+[\s,;]+|[\s,;_]+\d+$", "", plain).strip("\"' ") or line
+
+
 def _alike(
-    names: list[str], ours: Path, theirs: Path
+    names: list[str], others_names: list[str], ours: Path, theirs: Path
 ) -> tuple[dict[str, tuple[float, float, str]], NDArray[np.float32]]:
     """Of each of `names` that has embeddings the two best cosines with the others, and whose is the first, the most
     alike first; and of each of the others (P,) the best with another of themselves."""
     from mvrepro.interchange import load_embeddings  # which needs torch
 
+    _check_alike(ours, theirs)
     (x, ids), (y, others) = (
         (load_embeddings(folder / "embeddings.npy"), np.array(read_column(folder / "ids.txt")))
         for folder in (ours, theirs)
@@ -211,13 +255,38 @@ def _alike(
     except ValueError as error:
         raise UserError(f"{ours} and {theirs}: {error}") from None
     called = {photographs.same_name(name): name for name in names}
-    if unknown := [name for name in people.tolist() if photographs.same_name(name) not in called]:
-        raise UserError(f"{ours / 'ids.txt'}: {unknown[0]} is not among the names ({len(unknown):,} such people)")
+    known = {photographs.same_name(name) for name in others_names}
+    for folder, those, listed, what in (
+        (ours, people, called.keys(), "names"), (theirs, np.unique(others), known, "others")
+    ):  # fmt: skip
+        if unknown := [name for name in those.tolist() if photographs.same_name(name) not in listed]:
+            raise UserError(
+                f"{folder / 'ids.txt'}: {unknown[0]} is not among the {what} ({len(unknown):,} such people)"
+            )
     order = np.argsort(-cosines[:, 0], kind="stable")
     found = zip(people[order].tolist(), cosines[order].tolist(), whom[order, 0].tolist(), strict=True)
     return {
         called[photographs.same_name(name)]: (first, second, other) for name, (first, second), other in found
     }, chance
+
+
+def _check_alike(ours: Path, theirs: Path) -> None:
+    """Raises UserError where the notes that embed left in both folders tell of two networks, or ways to call one."""
+    notes = []
+    for path in (ours / "about.json", theirs / "about.json"):
+        try:
+            notes.append(read_json(path) if path.is_file() else {})
+        except (OSError, ValueError, RecursionError):
+            raise UserError(f"{path} is damaged: remove it, or embed anew") from None
+    one, other = notes
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        raise UserError(f"{ours} or {theirs}: about.json is damaged: remove it, or embed anew")
+    for key in ("network", "size", "colour", "normalise", "mirror"):
+        if key in one and key in other and one[key] != other[key]:
+            raise UserError(
+                f"{ours} and {theirs} hold embeddings by two networks, or of images prepared in two ways: {key} is "
+                f"{one[key]} and {other[key]}; embed both alike"
+            )
 
 
 def _evidence(alike: dict[str, tuple[float, float, str]], shared: set[str], chance: NDArray[np.float32]) -> str:
@@ -245,7 +314,8 @@ def _convert(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"{arguments.set}: its classes have no names (no classes.txt), so none can be left out by name"
             )
-        removed = photographs.overlapping(source.classes, photographs.people_of(arguments.without, empty=True))
+        listed = _people(arguments.without, empty=True)
+        removed = photographs.overlapping(source.classes, listed)
         numbers = [number for number, name in enumerate(source.classes) if name in removed]
         source = source.without(np.array(numbers, np.int64)).renumbered()
         if not len(source):
@@ -256,5 +326,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     else:
         (images.write_tars if arguments.to == "tar" else images.write_folder)(arguments.out, source)
     print(f"wrote {len(source):,} images of {len(np.unique(source.labels)):,} people to {arguments.out}{left_out}")
+    if arguments.without and listed and not removed:
+        print(_none_found(arguments.set, source.classes or [], arguments.without, listed))
     _list("folders were passed over", source.passed_over)
     return 0

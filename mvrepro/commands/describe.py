@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mvrepro import protocols
-from mvrepro.files import RESULTS, display, write_json
+from mvrepro.files import RESULTS, check_file, display, write_json
 from mvrepro.images import Pairs, Pixels, photographs
 
 SIZE = 32  # of the decoded pixels; only the scores of the pixels themselves depend on it
@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    values = describe()
     out = arguments.out.absolute()
+    check_file(out)
+    values = describe()
     write_json(out, {"kind": "exact", "values": values})
     for name, counts in values["sets"].items():
         print(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import io
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,28 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import TEMPORARY, read_json, write_atomic, write_json
-from mvrepro.images import Encoded, Files, Images, open_images, photographs, read_bin, small
-from mvrepro.images.storage import alone
+from mvrepro.files import TEMPORARY, read_json, unseen, write_atomic, write_json
+from mvrepro.images import (
+    Encoded,
+    Files,
+    Images,
+    Memory,
+    Pixels,
+    Records,
+    Tars,
+    archives,
+    open_images,
+    photographs,
+    read_bin,
+    small,
+)
+from mvrepro.images.folders import HIDDEN, images_in
+from mvrepro.images.storage import alone, check_apart, is_text
 
 MOST_THREADS = 1024
+STATE = "files and people"  # of the set, in about.json
+ANEW = "remove it, and the same call writes it anew"
+SMALL: dict[str, Callable[[int], Images]] = {"orl": small.orl, "digits": lambda size: small.digits(classes=10)}
 NOTE = """OUT gets embeddings.npy (N, D), names.txt with the image of each row, ids.txt with its person where the set
 says it, and about.json. What the network says of its input is taken from it; the first line printed tells. A call that
 was stopped goes on where it was.
@@ -31,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, NOTE
     text = 'an .onnx file (pip install "mvrepro[onnx]"); of ours, the folder of a checkpoint or a backbone.safetensors'
     parser.add_argument("network", type=Path, help=text)
-    text = "lfw, cfp, celeba (in MVREPRO_DATA) or orl; a .bin; or a .rec, .tar or folder as training takes it"
+    text = f"lfw, cfp, celeba, {', '.join(archives.ARCHIVES)} (in MVREPRO_DATA), orl or digits; a .bin; or a .rec, "
+    text += ".tar or folder as training takes it, or a folder of images alone"
     parser.add_argument("images", help=text)
     parser.add_argument("out", type=Path, help="folder for what is written")
     parser.add_argument("--size", type=int, help="side of the images, which are resized to it")
@@ -45,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_apart(arguments.out, arguments.network)
+    check_apart(arguments.out, _place(arguments.images))
     with alone(arguments.out):  # two would write into one part
         return _run(arguments)
 
@@ -72,10 +93,12 @@ def _run(arguments: argparse.Namespace) -> int:
     mirror = bool(network.mirror) if arguments.mirror is None else arguments.mirror
     print(f"{path}: {size}×{size} {colour}, (pixel − {mean:g})/{std:g}, {'with' if mirror else 'without'} mirroring")
     source = _source(arguments.images, size)
-    names = _names(source)
-    about = {"network": _sha256(path), "images": arguments.images, "names": hashlib.sha256(names).hexdigest()}
-    about |= {"size": size, "colour": colour, "normalise": [mean, std], "mirror": mirror}
-    if _is_complete(out, about):
+    lists = _lists(source, arguments.images)
+    about = {"network": _sha256(path), "images": arguments.images}
+    about |= {"names": hashlib.sha256(lists["names.txt"]).hexdigest()}
+    about |= {"size": size, "colour": colour, "normalise": [mean, std], "mirror": mirror, STATE: _state(source)}
+    if _is_complete(out, about, lists, len(source)):
+        _write_lists(out, lists)
         print(f"{out} has them all already")
         return 0
     batch = network.batch or arguments.batch
@@ -96,10 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     first = embed(0)  # before anything is written: it may not fit
     write_json(out / "about.json", about)
-    write_atomic(out / "names.txt", names)
-    if source.labels[0] >= 0:
-        people = source.classes or list(map(str, range(int(source.labels.max()) + 1)))
-        write_atomic(out / "ids.txt", _lines(people[label] for label in source.labels))
+    _write_lists(out, lists)
     _write(out, len(source), batch, first, embed)
     print(f"wrote {len(source):,} embeddings to {out}")
     return 0
@@ -125,26 +145,101 @@ def _network(path: Path, threads: int) -> Any:
     return interchange.embedder(interchange.rebuilt(path, built, state), built, settings["flip"])
 
 
+def _place(images: str) -> Path:
+    """Where the images lie, or would."""
+    root = Path(os.environ.get("MVREPRO_DATA") or images)
+    if images in archives.ARCHIVES:
+        return root / "more"
+    return root / images if images in photographs.SOURCES else Path(images)
+
+
 def _source(images: str, size: int) -> Images:
-    if images == "orl":
-        return small.orl(size)
+    if images in SMALL:
+        return SMALL[images](size)
     if images in photographs.SOURCES:
         return photographs.files(images)
+    if images in archives.ARCHIVES:
+        return archives.archive(images, photographs.SIDE)
     path = Path(images)
-    return read_bin(path)[0] if path.suffix == ".bin" else open_images(path, allow_holes=True, bad_limit=None)
+    if path.suffix == ".bin":
+        return read_bin(path)[0]
+    return _flat(path) or open_images(path, allow_holes=True, bad_limit=None)
 
 
-def _names(source: Images) -> bytes:
-    """What lists call the images; of a set that has no names, their numbers."""
+def _flat(path: Path) -> Files | None:
+    """The images of a folder that has no folders, nor shards, as `data prepare` writes it of such a one: nothing says
+    who they are."""
+    if not path.is_dir() or any(path.glob("*.rec")) or any(path.glob("*.tar")):
+        return None
+    try:
+        if any(entry.is_dir() and not entry.name.startswith(HIDDEN) for entry in os.scandir(path)):
+            return None
+    except OSError:
+        return None  # open_images says so
+    source = Files(path, sorted(images_in(path, [])))
+    source.labels = np.full(len(source), -1, np.int64)
+    return source if len(source) else None
+
+
+def _lists(source: Images, images: str) -> dict[str, bytes]:
+    """names.txt: what lists call the images; of a set that has no names, their numbers. ids.txt, where the set says
+    who they are. Raises UserError for a name that can't be a line, and for two people who would have the same."""
+    rows = range(len(source))
     if source.names is not None:
-        return _lines(source.names.tolist())
-    if isinstance(source, Files):
-        return _lines(str(source.path(i).relative_to(source.root)) for i in range(len(source)))
-    return _lines(map(str, range(len(source))))
+        names = source.names.tolist()
+    elif isinstance(source, Files):
+        names = [str(source.path(i).relative_to(source.root)) for i in rows]
+    else:
+        names = list(map(str, rows))
+    known = bool(source.labels[0] >= 0)
+    numbers = np.unique(source.labels).tolist() if known else []
+    people = {number: source.classes[number] if source.classes else str(number) for number in numbers}
+    for name in (*people.values(), *names):
+        if not (is_text(name) and name.strip()) or unseen(name):
+            raise UserError(f"{images}: {name!r} can't be a line of a list: rename it")
+    first: dict[str, str] = {}
+    for name in people.values():
+        plain = unicodedata.normalize("NFC", name.strip())
+        if first.setdefault(plain, name) is not name:
+            raise UserError(f"{images}: the people {first[plain]!r} and {name!r} have one name in lists: rename one")
+    ids = {"ids.txt": _lines(people[label] for label in source.labels.tolist())} if known else {}
+    return {"names.txt": _lines(names), **ids}
 
 
 def _lines(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _write_lists(out: Path, lists: dict[str, bytes]) -> None:
+    for name, content in lists.items():
+        if not (out / name).is_file():
+            write_atomic(out / name, content)
+
+
+def _state(source: Images) -> str:
+    """A SHA-256 that changes when a file of the set gets another place, size or time, or an image another person."""
+    digest = hashlib.sha256()
+    if isinstance(source, Pixels):
+        digest.update(np.ascontiguousarray(source.pixels).data)
+    elif isinstance(source, Memory):
+        digest.update(b"".join(hashlib.sha256(content).digest() for content in source.contents))
+    else:
+        root, paths = Path(), list[Path]()
+        if isinstance(source, Files):
+            root, paths = source.root.resolve(), [source.path(i).relative_to(source.root) for i in range(len(source))]
+        elif isinstance(source, Records | Tars):
+            files = source.files if isinstance(source, Tars) else [source.file]
+            paths = [file.path.resolve() for file in files]
+        digest.update(os.fsencode(root))
+        for path in paths:
+            try:
+                found = (root / path).stat()
+            except OSError:
+                continue  # who reads it says what is wrong with it
+            digest.update(os.fsencode(path) + f" {found.st_size} {found.st_mtime_ns}\n".encode())
+    digest.update(source.labels.astype("<i8").tobytes())
+    digest.update("\n".join(source.classes or []).encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -166,8 +261,8 @@ def _pixels(source: Images, i: int, size: int, colour: str) -> NDArray[np.uint8]
     return found[::-1] if colour == "bgr" else found
 
 
-def _is_complete(out: Path, about: dict[str, Any]) -> bool:
-    """Whether all is there. Raises UserError where the folder holds something else."""
+def _is_complete(out: Path, about: dict[str, Any], lists: dict[str, bytes], count: int) -> bool:
+    """Whether all is there but lists, perhaps. Raises UserError where the folder holds something else, or damaged."""
     known = out / "about.json"
     if known.is_file():
         try:
@@ -176,13 +271,39 @@ def _is_complete(out: Path, about: dict[str, Any]) -> bool:
             before = None
         if not isinstance(before, dict):
             raise UserError(f"{known} is damaged, so nothing tells what {out} holds: remove it or choose another place")
+        state = about[STATE]  # which notes of 0.1 lack
         if other := [
-            f"{name} was {before.get(name)}, is {value}" for name, value in about.items() if before.get(name) != value
+            f"{name} was {before.get(name)}, is {value}"
+            for name, value in about.items()
+            if name != STATE and before.get(name) != value
         ]:
             raise UserError(f"{out} holds other embeddings: {other[0]}; remove it or choose another place")
+        if before.get(STATE, state) != state:
+            raise UserError(
+                f"{out} holds other embeddings: a file of {about['images']} had another place, size or time, or an "
+                "image another person; remove it or choose another place"
+            )
+        for name, content in lists.items():
+            if (out / name).is_file() and (out / name).read_bytes() != content:
+                raise UserError(f"{out / name} isn't what embed wrote: {ANEW}")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and holds no embeddings: choose another place")
-    return (out / "embeddings.npy").exists()
+    return _is_whole(out / "embeddings.npy", count)
+
+
+def _is_whole(path: Path, count: int) -> bool:
+    """Whether embeddings of so many images are there. Raises UserError for damaged ones."""
+    from mvrepro.interchange import load_embeddings  # which needs torch
+
+    if not path.exists():
+        return False
+    try:
+        found = load_embeddings(path)
+    except UserError as error:
+        raise UserError(f"{error}: {ANEW}") from None
+    if len(found) != count or found.dtype != np.float32:
+        raise UserError(f"{path}: expected float32 ({count}, D), got {found.dtype} {found.shape}: {ANEW}")
+    return True
 
 
 def _write(

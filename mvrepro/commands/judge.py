@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.files import check_file, read_column, write_json
+from mvrepro.files import check_file, read_column, read_lines, write_json
 from mvrepro.images import photographs, read_bin
 from mvrepro.images.photographs import plain_name
 from mvrepro.protocols.folds import CONVENTIONS
@@ -57,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     if foreign := [name for name in given if name not in needs + takes]:
         raise UserError(f"the protocol {arguments.protocol} knows nothing of {_options(foreign, ', ')}")
     if arguments.out:
-        check_file(arguments.out, (value for name in given if isinstance(value := getattr(arguments, name), Path)))
+        paths = [value for name in given if isinstance(value := getattr(arguments, name), Path)]
+        read = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
+        check_file(arguments.out, [*read, *_lists(arguments)])
     inputs: dict[str, Any] = {}
     for name in given:
         value = getattr(arguments, name)
@@ -67,13 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
             value = load_embeddings(value)
         elif name in ("names", "ids", "gallery_ids"):  # embeddings and gallery come before them
             rows = "gallery" if name == "gallery_ids" else "embeddings"
-            lines = read_column(value, plain_name if name == "names" else None)
+            once = lambda line: _image(line, arguments.protocol)  # noqa: E731
+            lines = read_column(value, once if name == "names" else None)
             if len(lines) != len(inputs[rows]):
                 raise UserError(
                     f"{value} has {len(lines)} lines, {getattr(arguments, rows)} has {len(inputs[rows])} rows: "
                     "one each is needed, in their order"
                 )
-            value = np.array([plain_name(line) if name == "names" else line for line in lines])
+            value = np.array([once(line) if name == "names" else line for line in lines])
         inputs[name] = value
     try:
         metrics = protocol(**inputs)
@@ -85,6 +89,20 @@ def run(arguments: argparse.Namespace) -> int:
         asked = {"convention": arguments.convention} if arguments.convention else {}
         write_json(arguments.out, {"protocol": arguments.protocol, **asked, "metrics": metrics})
     return 0
+
+
+def _image(line: str, protocol: str) -> str:
+    """What the lists of a protocol call an image: CFP's with two folders before it, the others with none."""
+    parts = plain_name(line.replace("\\", "/")).split("/")
+    return "/".join(parts[-3:] if protocol.startswith("cfp") else parts[-1:])
+
+
+def _lists(arguments: argparse.Namespace) -> list[Path]:
+    """The lists of MVREPRO_DATA that are read where none are named."""
+    name, named = arguments.protocol, arguments.pairs or arguments.lists
+    if name in ("cfp-ff", "cfp-fp"):
+        return [photographs.folder("cfp")]
+    return [photographs.folder("lfw")] if name in ("lfw", "blufr") and not named else []
 
 
 def _inputs(protocol: Callable[..., Metrics]) -> tuple[list[str], list[str]]:
@@ -106,12 +124,25 @@ def _lfw(embeddings: Any, names: Any, pairs: Path | None = None, convention: str
 
 def _cfp_ff(embeddings: Any, names: Any, convention: str = "exact") -> Metrics:
     """CFP-FF, with the lists in MVREPRO_DATA."""
-    return _kfold(embeddings, photographs.cfp_pairs("FF", names), convention)
+    return _cfp("FF", embeddings, names, convention)
 
 
 def _cfp_fp(embeddings: Any, names: Any, convention: str = "exact") -> Metrics:
     """CFP-FP, with the lists in MVREPRO_DATA."""
-    return _kfold(embeddings, photographs.cfp_pairs("FP", names), convention)
+    return _cfp("FP", embeddings, names, convention)
+
+
+def _cfp(kind: str, embeddings: Any, names: Any, convention: str) -> Metrics:
+    known = set(names.tolist())
+    for side in kind:
+        path = photographs.folder("cfp") / "protocol" / f"Pair_list_{side}.txt"
+        for number, line in read_lines(path):
+            image = _image(line.split()[-1], "cfp")
+            if re.fullmatch(r"\d+/(frontal|profile)/\d+", image) and image not in known:
+                raise UserError(
+                    f"--names lacks the image {image} ({path}, line {number}); it has names such as {str(names[0])!r}"
+                )
+    return _kfold(embeddings, photographs.cfp_pairs(kind, names), convention)
 
 
 def _bin(embeddings: Any, bin: Path, convention: str = "exact") -> Metrics:
@@ -129,7 +160,6 @@ def _all_pairs(embeddings: Any, ids: Any, fprs: tuple[float, ...] = (1e-3,)) -> 
 
 def _blufr(embeddings: Any, names: Any, lists: Path | None = None) -> Metrics:
     """BLUFR on LFW: mean − standard deviation over its trials; DIR by its authors' rule and by that of VR."""
-    names = [name.rpartition("/")[2] for name in names]  # of a folder of folders
     trials = protocols.blufr_trials(names, lists or photographs.folder("lfw") / "blufr")
     found = protocols.blufr(embeddings, trials)
     dirs = {"dir@far=0.01": found.summary("dir"), "strict dir@far=0.01": found.summary("strict_dir")}

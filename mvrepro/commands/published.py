@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mvrepro import protocols
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
-from mvrepro.files import LOCAL, RESULTS, display, write_json
+from mvrepro.files import LOCAL, RESULTS, check_file, display, write_json
 from mvrepro.images import Pairs, photographs
 from mvrepro.protocols.folds import CONVENTIONS
 
@@ -45,22 +45,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"networks go by the names of their files: each needs another one, and not {PIXELS!r}")
     if missing := [path for path in networks.values() if not path.is_file()]:
         raise UserError(f"{missing[0]}: no such file")
+    out = arguments.out.absolute()
+    check_file(out, networks.values())
     lfw, cfp = photographs.files("lfw"), photographs.files("cfp")
     assert lfw.names is not None and cfp.names is not None
     tests = Tests(lfw.names, np.array(lfw.classes)[lfw.labels], cfp.names)
+    from mvrepro import interchange  # which needs torch
+
     values: dict[str, Any] = {}
     for name, path in networks.items():
         sets = []
         for images in ("lfw", "cfp"):
-            out = arguments.embeddings / name / images
+            folder = arguments.embeddings / name / images
             options = ["--threads", str(arguments.threads), "--batch", "4"]  # few, which stay in a core's cache
-            if code := main(["embed", str(path), images, str(out), *options]):
+            if code := main(["embed", str(path), images, str(folder), *options]):
                 return code  # it has said why
-            sets.append(np.load(out / "embeddings.npy", mmap_mode="r", allow_pickle=False))
+            sets.append(interchange.load_embeddings(folder / "embeddings.npy"))
         values[name] = tests.judge(name, *sets)
     if arguments.pixels:
         values[PIXELS] = tests.judge(PIXELS, *_pixels(), blufr=False)
-    out = arguments.out.absolute()
     write_json(out, {"kind": "measured", "values": values})
     for name, found in values.items():
         rates = found["metrics"].items()

@@ -10,7 +10,8 @@ from typing import Any, get_origin
 
 from mvrepro import determinism
 from mvrepro.errors import UserError
-from mvrepro.files import PARAMS, ROOT, display, read_yaml
+from mvrepro.files import PARAMS, ROOT, check_file, display, read_yaml
+from mvrepro.images.storage import check_apart
 from mvrepro.training.config import TrainConfig, check, from_settings, kind
 
 RANKS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them, and what a lone process is
@@ -101,6 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     out = (arguments.out or ROOT / "scratch" / config.profile / f"{config.run_name()}.json").absolute()
     work = out.with_suffix("") if out.suffix == ".json" else out
     out = out if out.suffix == ".json" else out / "record.json"
+    _check_places(config, out, work, arguments)
     from mvrepro.training.loop import check_used, train
 
     check_used(config, given(arguments))
@@ -111,6 +113,20 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"{config.run_name()}: {metrics or f'loss {loss:.4f}'} ({took:.0f} s) -> {display(out)}")
     sys.stdout.flush()
     return 0
+
+
+def _check_places(config: TrainConfig, out: Path, work: Path, arguments: argparse.Namespace) -> None:
+    """Raises UserError where the record can't be written, or something would be written into what is read."""
+    from mvrepro.training.tasks import TASKS
+
+    read = [*map(Path, config.verify), *([Path(config.data)] if config.data not in TASKS else [])]
+    begin, save = arguments.start_from, arguments.save
+    check_file(out, [*read, *([begin] if begin else [])])
+    for place in filter(None, (work, save)):
+        for one in read:
+            check_apart(place, one)
+    if begin and save and save.resolve() != begin.resolve():  # a checkpoint makes room for the next one
+        check_apart(save, begin)
 
 
 def set_environment(config: TrainConfig) -> None:

@@ -77,9 +77,12 @@ def test_formulas_are_those_of_the_library(page: Page) -> None:
     answers = json.loads(answers)  # as text: the driver is slow with many small objects
     for name, settings in cases.items():
         for setting, rows in zip(settings, answers[name], strict=True):
-            for key, expected in library(name, setting).items():
+            known = library(name, setting)
+            # cos 90° is 6e-17 in one language and 0 in another: which side of a tie is no formula's
+            tie = ((known["f"] - torch.tensor(PAIRS, dtype=torch.float64)[:, 1]).abs() < 1e-12) & (known["f"] != 0)
+            for key, expected in known.items():
                 found = torch.tensor([float(row[key]) for row in rows], dtype=torch.float64)
-                close = torch.isclose(found, expected, rtol=1e-6, atol=1e-6)
+                close = torch.isclose(found, expected, rtol=1e-6, atol=1e-6) | (tie & (key == "marked"))
                 assert close.all(), f"{name} {setting}: {key} at {PAIRS[int((~close).nonzero()[0])]}"
 
 

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_apart(arguments.out, arguments.network)
-    check_apart(arguments.out, _place(arguments.images))
+    if place := _place(arguments.images):
+        check_apart(arguments.out, place)
     with alone(arguments.out):  # two would write into one part
         return _run(arguments)
 
@@ -145,8 +146,10 @@ def _network(path: Path, threads: int) -> Any:
     return interchange.embedder(interchange.rebuilt(path, built, state), built, settings["flip"])
 
 
-def _place(images: str) -> Path:
-    """Where the images lie, or would."""
+def _place(images: str) -> Path | None:
+    """Where the images lie, or would; None: in a package."""
+    if images in SMALL:
+        return None
     root = Path(os.environ.get("MVREPRO_DATA") or images)
     if images in archives.ARCHIVES:
         return root / "more"

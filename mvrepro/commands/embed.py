@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import io
 import os
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from mvrepro.images import (
     small,
 )
 from mvrepro.images.folders import HIDDEN, images_in
-from mvrepro.images.storage import alone, check_apart, is_text
+from mvrepro.images.storage import alike, alone, check_apart, is_text
 
 MOST_THREADS = 1024
 STATE = "files and people"  # of the set, in about.json
@@ -200,11 +199,10 @@ def _lists(source: Images, images: str) -> dict[str, bytes]:
     for name in (*people.values(), *names):
         if not (is_text(name) and name.strip()) or unseen(name):
             raise UserError(f"{images}: {name!r} can't be a line of a list: rename it")
-    first: dict[str, str] = {}
-    for name in people.values():
-        plain = unicodedata.normalize("NFC", name.strip())
-        if first.setdefault(plain, name) is not name:
-            raise UserError(f"{images}: the people {first[plain]!r} and {name!r} have one name in lists: rename one")
+    called = list(people.values())
+    if twice := alike(called):
+        one, other = called[twice[0]], called[twice[1]]
+        raise UserError(f"{images}: the people {one!r} and {other!r} have one name in lists: rename one")
     ids = {"ids.txt": _lines(people[label] for label in source.labels.tolist())} if known else {}
     return {"names.txt": _lines(names), **ids}
 

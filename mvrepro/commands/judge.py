@@ -4,6 +4,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             value = load_embeddings(value)
         elif name in ("names", "ids", "gallery_ids"):  # embeddings and gallery come before them
             rows = "gallery" if name == "gallery_ids" else "embeddings"
-            once = lambda line: _image(line, arguments.protocol)  # noqa: E731
+            once = partial(_image, protocol=arguments.protocol)
             lines = read_column(value, once if name == "names" else None)
             if len(lines) != len(inputs[rows]):
                 raise UserError(

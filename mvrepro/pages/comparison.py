@@ -41,10 +41,8 @@ OVER = {  # what is drawn anew, and how it is drawn beside the others
     "people": {"color": "#D55E00", "marker": "D"},
     "people and seeds": {"color": "#D55E00", "marker": "D"},
 }
-OF_PEOPLE = {
-    "rank1": "correct",
-    "rank1_by_person": "share",
-}  # metrics that are means over people: what `kept` has of each
+# Metrics that are means over people: what `kept` has of each person
+OF_PEOPLE = {"rank1": "correct", "rank1_by_person": "share"}
 MEASURES = {
     "lfw_accuracy": "View 2 of LFW, accuracy (%)",
     "hard_accuracy": "hard pairs (home-made), accuracy (%)",

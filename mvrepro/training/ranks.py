@@ -102,6 +102,8 @@ def pick_device(name: str, local: int | None = None) -> torch.device:
                 )
             device = torch.device("cuda", local)
         torch.ones(1, device=device).item()
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} can't be used: {first_words(error)}") from None
     return device

@@ -33,7 +33,7 @@ from mvrepro.heads.margin import MarginHead
 from mvrepro.heads.sweep import free_memory
 from mvrepro.provenance import provenance
 
-CHUNKS = (4, 16, 64, 256)  # MiB
+CHUNKS = {"cpu": (4, 16, 64, 256), "cuda": (16, 64, 256, 1024)}  # MiB
 # The least and the most of each option; what the memory holds is asked of the machine.
 LIMITS = {"batch": (1, 10**12), "classes": (2, 10**12), "dim": (1, 10**12), "threads": (1, 1024), "seconds": (0, 10**6)}
 LOSS = "MV-AM-Softmax-a"
@@ -92,12 +92,14 @@ def _head(**how: Any) -> Callable[[int, int], nn.Module]:
     return lambda D, K: MarginHead(LOSS, D, K, check=False, **how)
 
 
+BFLOAT16 = "fused, keep=none, bfloat16 products"  # measured where x and W are bfloat16, too
 DTYPES = ("float32", "bfloat16", "tf32")  # of x and W; tf32: float32 whose products on a GPU keep 10 bits
 
 CASES: dict[str, Callable[[int, int], nn.Module]] = {
     "fused, keep=none": _head(backend="fused", keep="none"),
     "fused, keep=float32": _head(backend="fused", keep="float32"),
     "fused, keep=float16": _head(backend="fused", keep="float16"),
+    BFLOAT16: _head(backend="fused", keep="none", products="bfloat16"),
     "dense": _head(backend="dense"),
     "dense, compiled": _head(backend="dense"),
     "naive": Naive,
@@ -136,7 +138,8 @@ class Step:
         torch.manual_seed(0)
         self.device = torch.device(device)
         kind = precision(dtype)
-        self.head = CASES[case](D, K).to(self.device, kind)
+        with self.device:  # a million classes take the host half a minute to draw
+            self.head = CASES[case](D, K).to(self.device, kind)
         if weight is not None and self.head.weight.shape == weight.shape:  # one for all cases
             self.head.weight = nn.Parameter(weight)
         self.forward = torch.compile(self.head) if "compiled" in case else self.head
@@ -213,6 +216,8 @@ def time_shape(cases: list[str], shape: tuple[int, int, int], device: str, dtype
     steps: dict[str, Step] = {}
     failed: dict[str, str] = {}
     for case in cases:
+        if case == BFLOAT16 and dtype != "bfloat16":
+            continue
         try:
             step = Step(case, *shape, device, dtype, weight=products.W)
             step()  # compiles, and touches all memory
@@ -286,10 +291,12 @@ def on_gpu(cases: list[str], shape: tuple[int, int, int], device: str, dtype: st
 
 def chunk_sizes(shape: tuple[int, int, int], device: str, dtype: str, budget: float) -> dict[str, Any]:
     """What the sweep takes, in bare products, by the MiB of a chunk's cosines."""
-    kind, case, found = torch.device(device).type, "fused, keep=none", {}
-    for mib in CHUNKS:
+    kind, found = torch.device(device).type, {}
+    case = BFLOAT16 if dtype == "bfloat16" else "fused, keep=none"
+    for mib in CHUNKS[kind]:
+        torch.compiler.reset()  # no function is compiled for more than 8 shapes
         sweep.CHUNK_BYTES[kind] = mib * MIB
-        found[str(mib)] = time_shape([case], shape, device, dtype, budget / len(CHUNKS))["cases"][case]["ratio"]
+        found[str(mib)] = time_shape([case], shape, device, dtype, budget / len(CHUNKS[kind]))["cases"][case]["ratio"]
     return {"chunk_mib": found}
 
 
@@ -408,19 +415,20 @@ def _check(arguments: argparse.Namespace) -> None:
 def table(entry: dict[str, Any]) -> str:
     """One shape, a line a case."""
     dense = entry["cases"].get("dense", {}).get("ms")
+    width = max(map(len, [" " * 22, *entry["cases"]]))
     lines = [
         f"\nB {entry['B']}, K {entry['K']:,}, D {entry['D']}: three bare products take {entry['products_ms']:.1f} ms "
         f"(median of {entry['rounds']} rounds{', disturbed by other processes' if entry['disturbed'] else ''})",
-        f"  {'':22}{'ms':>9}  × products      quartiles  × dense  beyond dW   in all (MiB)",
+        f"  {'':{width}}{'ms':>9}  × products      quartiles  × dense  beyond dW   in all (MiB)",
     ]
     for case, found in entry["cases"].items():
         quartiles = f"{found['low']:.2f} … {found['high']:.2f}"
-        line = f"  {case:22}{found['ms']:9.1f}  {found['ratio']:10.2f}  {quartiles:>13}"
+        line = f"  {case:{width}}{found['ms']:9.1f}  {found['ratio']:10.2f}  {quartiles:>13}"
         line += f"  {found['ms'] / dense:7.2f}" if dense else f"  {'–':>7}"
         if "beyond_dw_mib" in found:
             line += f"  {found['beyond_dw_mib']:9.1f}  {found['in_all_mib']:7.0f}"
         lines.append(line)
-    lines += [f"  {case:22}  {why}" for case, why in entry.get("failed", {}).items()]
+    lines += [f"  {case:{width}}  {why}" for case, why in entry.get("failed", {}).items()]
     return "\n".join(lines)
 
 

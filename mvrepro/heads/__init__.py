@@ -3,6 +3,7 @@
 margin   MarginHead, on one device: dense, or by the sweep
 sharded  ShardedHead, its classes spread over ranks
 sweep    the loss and its gradients without the B × K logits; both heads stand on it
+chunks   what the sweep does with some of the classes at a time, on a CPU and on a GPU
 """
 
 from mvrepro.heads.margin import MarginHead

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvrepro.heads.sweep import KEEP, SGD, Rule, fused_losses, pick
+from mvrepro.heads.chunks import Rule
+from mvrepro.heads.sweep import KEEP, PRODUCTS, SGD, fused_losses, pick
 from mvrepro.losses import DEFAULT_MARGIN, LOSSES, emphasise, indicator, margin, mine, normalise
 
 BACKENDS = ("dense", "fused", "auto")
@@ -33,10 +34,13 @@ class MarginHead(nn.Module):
     t_warmup       steps over which t grows linearly from 0, counted in training mode and kept in the state dict
     annealing      A-Softmax only: f = (λ cosθ + f)/(1 + λ), λ = max(5, 1000 (1 + 1e-4 step)^−2), as the authors do
     backend        "dense": the (B, K) logits in plain torch; "fused": mvrepro.heads.sweep, which never has them;
-                   "auto": dense where the logits are small (1 MiB), else fused. All give the same loss and gradients;
-                   repr says which the last call used
+                   "auto": dense where the logits are small (1 MiB; on a GPU 64), else fused. All give the same loss
+                   and gradients; repr says which the last call used
     keep           what "fused" keeps of the cosines for the backward pass, "none", "float32" or "float16" (see
                    mvrepro.heads.sweep); None: what the memory bears that is free when a batch of this size first comes
+    products       what "fused" multiplies matrices in: "float32", or float64 if an input is; "bfloat16": their factors
+                   are rounded to it, unless an input is float64, and the sums and all else are float32. Only the fused
+                   head uses it: dense, and so "auto" where the logits are small, always computes in float32
     check          look for labels out of range and for NaN in every batch, with one clear error
 
     What a loss does not use is ignored, so that one call serves the whole table. Half-precision embeddings are computed
@@ -66,11 +70,13 @@ class MarginHead(nn.Module):
         annealing: bool = False,
         backend: str = "auto",
         keep: str | None = None,
+        products: str = "float32",
         check: bool = True,
     ) -> None:
         super().__init__()
         named: list[tuple[str, str, Any]] = [("loss", name, LOSSES), ("backend", backend, BACKENDS)]
-        for what, given, known in [*named, ("keep", KEEP[0] if keep is None else keep, KEEP)]:
+        named += [("keep", KEEP[0] if keep is None else keep, KEEP), ("products", products, PRODUCTS)]
+        for what, given, known in named:
             if given not in known:
                 raise ValueError(f"unknown {what} {given!r}; known are: {', '.join(known)}")
         loss = LOSSES[name]
@@ -87,7 +93,7 @@ class MarginHead(nn.Module):
             raise ValueError(f"s must be a number > 0, got {s}")
         if not 0 < hard_ratio <= 1:
             raise ValueError(f"hard_ratio must be in (0, 1], got {hard_ratio}")
-        self.name, self.loss, self.backend, self.keep = name, loss, backend, keep
+        self.name, self.loss, self.backend, self.keep, self.products = name, loss, backend, keep, products
         self.picked = ""  # the backend of the last call
         self._picks: dict[int, tuple[str, str]] = {}  # batch size -> what free memory decided
         self.sgd: SGD | None = None  # the step that update_in_backward asks for
@@ -97,7 +103,7 @@ class MarginHead(nn.Module):
         self.annealing, self.check = annealing and loss.f == "A", check
         # Rows of about length 1: the step in the angle goes with 1/|w|², so the length matters.
         self.weight = nn.Parameter(torch.randn(num_classes, embedding_dim) / math.sqrt(embedding_dim))
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.register_buffer("momentum", None)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -110,12 +116,13 @@ class MarginHead(nn.Module):
     def losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """L = −log p_y of every sample, (B,), by the backend."""
         self._check_inputs(embeddings, labels)
-        backend, keep = self._pick(len(embeddings))
+        backend, keep = self.pick(len(embeddings))
         if backend == "dense":
             labels = labels.to(embeddings.device, non_blocking=True)
             return F.cross_entropy(self._logits(embeddings, labels), labels, reduction="none")
         update = self._update if self.sgd else None
-        losses: Tensor = fused_losses(embeddings, self.weight, labels, self._rule(), keep=keep, update=update)
+        how = {"keep": keep, "products": self.products, "update": update}
+        losses: Tensor = fused_losses(embeddings, self.weight, labels, self._rule(), **how)
         return losses
 
     def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -225,7 +232,7 @@ class MarginHead(nn.Module):
             if self.momentum is not None and momentum is not None:
                 self.momentum[classes] = momentum
 
-    def _pick(self, batch: int) -> tuple[str, str]:
+    def pick(self, batch: int) -> tuple[str, str]:
         """(backend, keep) for a batch of this size, the same at each step."""
         backend, keep = self.backend if self.sgd is None else "fused", self.keep
         if backend == "auto" or (backend == "fused" and keep is None):
@@ -233,7 +240,8 @@ class MarginHead(nn.Module):
                 self._picks[batch] = pick(batch, self.weight)
             found = self._picks[batch]
             backend, keep = found[0] if backend == "auto" else backend, keep or found[1]
-        self.picked = backend if backend == "dense" else f"{backend}, keep={keep}"
+        rounded = "" if self.products == "float32" else f", products={self.products}"
+        self.picked = backend if backend == "dense" else f"{backend}, keep={keep}{rounded}"
         return backend, keep or KEEP[0]
 
     def _rule(self) -> Rule:

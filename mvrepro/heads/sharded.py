@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mvrepro.errors import first_words
+from mvrepro.heads.chunks import Update
 from mvrepro.heads.margin import MarginHead
-from mvrepro.heads.sweep import Update, fused_losses
+from mvrepro.heads.sweep import fused_losses
 from mvrepro.losses import normalise
 
 
@@ -113,7 +114,7 @@ class ShardedHead(MarginHead):
         update: Update | None = self._update if self.sgd else None
         if self.sample_rate < 1 and self.training:
             weight, y, update = self._sample(y)
-        how = {"keep": self._pick(len(x))[1], "reduce": self._reduce, "update": update}
+        how = {"keep": self.pick(len(x))[1], "products": self.products, "reduce": self._reduce, "update": update}
         losses: Tensor = fused_losses(x, weight, y, self._rule(), **how)
         return losses
 

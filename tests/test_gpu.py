@@ -6,6 +6,7 @@ no more. The first test is the one that everything else rests on.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvrepro.determinism import make_deterministic
+from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json, read_yaml
-from mvrepro.heads import MarginHead, ShardedHead, sweep
+from mvrepro.heads import MarginHead, ShardedHead, chunks, sweep
 from mvrepro.heads.sweep import KEEP
 from mvrepro.images import Pixels, small
 from mvrepro.losses import LOSSES
 from mvrepro.provenance import provenance
-from mvrepro.training import loop, network, tasks
+from mvrepro.training import graph, loop, network, tasks
 from mvrepro.training.batches import Feed
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.loop import prepare, train
@@ -39,6 +41,12 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA
 both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 gpu_alone = pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 B, K, D, CHUNK = 64, 2000, 64, 300  # of the heads here; no number of chunks divides K
+
+
+@pytest.fixture(autouse=True)
+def auto_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that runs here get to the sweep with few classes."""
+    monkeypatch.setattr(sweep, "DENSE_BYTES", dict.fromkeys(("cpu", "cuda"), sweep.DENSE_BYTES["cpu"]))
 
 
 @pytest.fixture(autouse=True)
@@ -102,11 +110,13 @@ def assert_close(got: Any, expected: Any, shares: tuple[float, float, float]) ->
 
 
 @pytest.fixture
-def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 4 * B * CHUNK))
+    if torch.cuda.is_available():  # else functions run as they are once 8 forms of them have been compiled
+        monkeypatch.setattr("torch._dynamo.config.recompile_limit", 64)
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("several_chunks")
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=GPU)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("keep", KEEP)
@@ -116,7 +126,7 @@ def test_sweep_agrees_with_the_dense_head_in_float64(
     device: str, name: str, keep: str, half: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bars: 5e-6 of the norm in float32, 1 % with float16 cosines; dx in bfloat16 has 8 bits."""
-    monkeypatch.setattr(sweep, "COMPILED", {device} if compiled and device == "cuda" else set())
+    monkeypatch.setattr(chunks, "COMPILED", {device} if compiled and device == "cuda" else set())
     dense = reference(name)
     x, y = batch(dense, torch.bfloat16 if half else torch.float32)
     expected = gradients(dense, x.double(), y)
@@ -126,7 +136,7 @@ def test_sweep_agrees_with_the_dense_head_in_float64(
     assert_close(got, expected, (share, max(share, 4e-3) if half else share, share))
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("several_chunks")
 @pytest.mark.parametrize("name", ["MV-AM-Softmax-f", "MV-Arc-Softmax-a", "A-Softmax"])
 @both
 def test_a_warm_up_of_t_and_the_annealing_follow_the_step(device: str, name: str) -> None:
@@ -142,7 +152,7 @@ def test_a_warm_up_of_t_and_the_annealing_follow_the_step(device: str, name: str
     assert losses[0] != losses[3] and head.step.device.type == "cpu"
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("several_chunks")
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @both
 def test_update_in_backward_is_sgd(device: str, momentum: float) -> None:
@@ -161,7 +171,7 @@ def test_update_in_backward_is_sgd(device: str, momentum: float) -> None:
     assert (head.weight.cpu().double() - dense.weight).norm() <= 1e-4 * moved
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("several_chunks")
 @pytest.mark.parametrize("labels", ["cpu", "device"])
 @both
 def test_sharded_head_on_one_rank(device: str, labels: str) -> None:
@@ -186,9 +196,25 @@ def test_sharded_head_on_one_rank(device: str, labels: str) -> None:
         assert loss.item() == pytest.approx(some(x.double(), places).item(), rel=1e-5)
 
 
+@pytest.mark.usefixtures("several_chunks")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("name", ["MV-Arc-Softmax-f", "MV-AM-Softmax-a"])
+@both
+def test_products_of_bfloat16_factors(device: str, name: str, keep: str, precision: str) -> None:
+    """precision: the weight's. What a cosine is off by turns some marks over."""
+    dense = reference(name)
+    x, y = batch(dense)
+    head = fused(dense, device, keep=keep, products="bfloat16").to(getattr(torch, precision))
+    got = gradients(head, x, y)
+    assert got[2].dtype == head.weight.dtype
+    assert_close(got, gradients(dense, x.double(), y), (1e-2 if keep != "float16" else 2e-2,) * 3)
+
+
 @gpu_alone
-def test_no_tensor_of_batch_times_classes(device: str) -> None:
+def test_no_tensor_of_batch_times_classes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside dW the sweep's peak is that of its chunks."""
+    monkeypatch.setattr(sweep, "CHUNK_BYTES", {"cuda": 2**24})
     size, classes = 512, 200_000
     head = MarginHead("MV-AM-Softmax-a", 64, classes, backend="fused", keep="none", check=False).to(device)
     x, y = torch.randn(size, 64, device=device, requires_grad=True), torch.randint(0, classes, (size,))
@@ -295,6 +321,60 @@ write_json(here / "records.json", [resumed, train(config, save=here / "whole")])
     assert contents[0] == contents[1] and len(contents[0]) == 2
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"bfloat16": True}, {"clip": 1.0, "warmup": 5}, {"margin_epochs": 1, "epochs": 3}, {"loss": "HM-AM-Softmax"}],
+    ids=["plain", "bfloat16", "clip", "t changes", "mining"],
+)
+@gpu_alone
+def test_a_graph_takes_the_steps_of_the_loop(
+    device: str, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With steps between that it can't take: the first of an epoch, which is watched, and the last, which is smaller.
+    A run that goes on gives the same, too, but for what atomic sums make of it."""
+    how = {"deterministic": False, "t_warmup": 0, "batch_size": 28, "snapshot_every": 8, **how}
+    real, recorded = graph.Graph._record, []
+    monkeypatch.setattr(graph.Graph, "_record", lambda self: (recorded.append(self.t), real(self)))
+    expected = train(synthetic(device, **how))
+    assert not recorded
+    found = train(synthetic(device, graph=True, **how), work=tmp_path / "work")
+    assert len(recorded) == (2 if "margin_epochs" in how else 1)
+    snapshots = sorted((tmp_path / "work" / "snapshots").iterdir())
+    shutil.rmtree(snapshots[-1])
+    resumed = train(synthetic(device, graph=True, **how), work=tmp_path / "work", resume="strict")
+    assert resumed["provenance"]["resumed_from"]
+    for record in (found, resumed):
+        assert record["curve"]["loss"] == pytest.approx(
+            expected["curve"]["loss"], rel=0.01 if "bfloat16" in how else 1e-3
+        )
+        assert record["learned"]["own_cosine"] == pytest.approx(expected["learned"]["own_cosine"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"deterministic": True}, "--deterministic: torch's deterministic kernels wait"),
+        ({"accumulate": 2}, "--accumulate: it takes whole batches"),
+        ({"t_warmup": 3}, "--t-warmup: it holds one t"),
+        ({"sample_rate": 0.5}, "several ranks or --sample-rate"),
+        ({"update_in_backward": True}, "--update-in-backward: it is for the dense head"),
+        ({"device": "cpu"}, "--device cpu: it is for a GPU"),
+        (
+            {"synthetic_classes": 2_000_000},
+            "is for the dense head, and 2,000,000 classes with batches of 24 are too many",
+        ),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(how: dict[str, Any], message: str) -> None:
+    config = synthetic(how.pop("device", "cuda"), **{"deterministic": False, "t_warmup": 0, "graph": True} | how)
+    device = torch.device("cpu" if config.device == "cpu" else "cuda")
+    with pytest.raises(UserError) as caught:
+        graph.check_graph(config, Ranks(0, 1, device, config.sample_rate < 1))
+        head = network.build_head(config, config.synthetic_classes, Ranks(0, 1, torch.device("meta")))
+        graph.Graph(lambda *_: None, head, config.batch_size, device)  # type: ignore[arg-type,return-value]
+    assert str(caught.value).startswith("--graph") and message in str(caught.value)
+
+
 class Waits(TorchDispatchMode):
     """Where there is no GPU: tensors on the device "meta", and an error for what would wait for a GPU."""
 
@@ -365,7 +445,7 @@ def test_no_step_waits_for_the_device(
         if "sample_rate" in how:
             pytest.skip("gloo has nothing for the device that stands in for a GPU")
         monkeypatch.setattr(torch, "autocast", Nothing)
-        monkeypatch.setattr(sweep, "COMPILED", set())
+        monkeypatch.setattr(chunks, "COMPILED", set())
     config = synthetic(device, **how, deterministic=False)
     if source == "memory":
         noise = tasks.Synthetic(config.synthetic_classes, 16)

@@ -89,11 +89,15 @@ class TrainConfig:
     sample_rate: float = setting("share of the classes that a step sees (Partial FC)", 1.0, PART)
     update_in_backward: bool = setting("the head's gradient never exists as a whole: less memory, no clipping", False)
     # the machine
-    bfloat16: bool = setting("autocast the backbone to bfloat16; the head stays in float32", False)
+    bfloat16: bool = setting(
+        "autocast the backbone to bfloat16; on a GPU, the head's products, too, where it sweeps", False
+    )
     tf32: bool = setting("on a GPU, float32 products and convolutions keep 10 bits of their factors: faster", False)
     channels_last: bool = setting("memory format of images and convolutions", True)
     compile: bool = setting("torch.compile the backbone", False)
     sync_bn: bool = setting("batch norms see the batch of all ranks", False)
+    graph: bool = setting("on a GPU, each step is launched as one CUDA graph: several times faster for small networks",
+                          False, free=True)  # fmt: skip
     deterministic: bool = setting("the same bits on the same hardware; slower", True)
     portable: bool = setting("the same bits on all x86 processors, by instructions up to AVX2; slower", True)
     device: str = setting("auto, cpu, cuda, cuda:1, … (under torchrun each rank takes the GPU of its number)", "auto")

@@ -24,6 +24,7 @@ from mvrepro.training import tasks
 from mvrepro.training.batches import Feed, Order
 from mvrepro.training.checkpoint import Snapshots, is_checkpoint, start_from, write_checkpoint
 from mvrepro.training.config import OF_LOSSES, OF_OTHERS, TrainConfig, check, emphasis, rate
+from mvrepro.training.graph import check_graph
 from mvrepro.training.logs import Course, Logs, Pace
 from mvrepro.training.network import Network, check_network
 from mvrepro.training.ranks import Ranks, joined
@@ -165,6 +166,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     with ranks.together():
         check_network(config)
+        check_graph(config, ranks)
         task = tasks.load(config)
         order = Order(config, len(task.train), ranks.rank, ranks.count)
         if config.warmup > order.steps > 0 and not config.steps:

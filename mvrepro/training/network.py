@@ -1,5 +1,6 @@
 """Backbone, head, optimiser and one step of them, on one rank or many."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any
@@ -16,6 +17,7 @@ from mvrepro.heads.margin import SETTINGS, MarginHead
 from mvrepro.heads.sharded import ShardedHead
 from mvrepro.training.batches import Batch, Feed, normalised
 from mvrepro.training.config import TrainConfig
+from mvrepro.training.graph import Graph
 from mvrepro.training.ranks import Ranks
 
 # the argument's name from torch 2.13 on, and before
@@ -49,15 +51,18 @@ class Network:
         self.backbone = backbone.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
         self.head = head.to(ranks.device)
         sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        kernels: dict[str, Any] = {"fused": True} if ranks.device.type == "cuda" else {}
+        if config.graph:  # which reads the rate anew at each step
+            kernels["lr"] = torch.tensor(config.lr, device=ranks.device)
         decays = [p for p in self.backbone.parameters() if p.ndim > 1 or config.decay_all]
         others = [p for p in self.backbone.parameters() if not (p.ndim > 1 or config.decay_all)]
         groups: list[dict[str, Any]] = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
-        self.sgd = torch.optim.SGD(groups, **sgd)
+        self.sgd = torch.optim.SGD(groups, **sgd | kernels)
         self.head_sgd: torch.optim.SGD | None = None
         if config.update_in_backward:
             self.head.update_in_backward(**sgd)
         else:
-            self.head_sgd = torch.optim.SGD(self.head.parameters(), **sgd)
+            self.head_sgd = torch.optim.SGD(self.head.parameters(), **sgd | kernels)
         self.ddp: DistributedDataParallel | None = None
         if ranks.count > 1:
             self.ddp = DistributedDataParallel(
@@ -71,6 +76,9 @@ class Network:
             self.forward = torch.compile(self.forward)
         if self.ddp and config.deterministic:
             self._settle()
+        self.graph: Graph | None = None
+        if config.graph:
+            self.graph = Graph(self._take, self.head, config.batch_size, ranks.device)
 
     def _settle(self) -> None:
         """One pass that changes nothing. After the first one of a process DDP makes its buckets anew, in the order in
@@ -110,13 +118,17 @@ class Network:
         nothing waits for it."""
         parts, seen = self.config.accumulate, None
         self.backbone.train(), self.head.train()
-        self.sgd.zero_grad()
-        if self.head_sgd:
-            self.head_sgd.zero_grad()
         self.set_rate(lr)
+        self.head.step.fill_(number)
+        batches: Iterator[Batch] = (feed.next() for _ in range(parts))
+        if self.graph and not watch:
+            batch = feed.next()
+            if self.graph.fits(batch):
+                return *self.graph(batch), None
+            batches = iter([batch])
+        self._clear()
         total = torch.zeros((), device=self.ranks.device)
-        for part in range(parts):
-            batch: Batch = feed.next()
+        for part, batch in enumerate(batches):
             self.head.step.fill_(number)  # it counts calls, and warm-ups count steps
             with self.ddp.no_sync() if self.ddp and part < parts - 1 else nullcontext():
                 embeddings = self.embed(batch.images)
@@ -125,11 +137,27 @@ class Network:
                 loss = self.head(embeddings, batch.labels) * batch.share
                 loss.backward()
             total += loss.detach()
+        return total, self._update(), seen
+
+    def _take(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The step with a whole batch, as a graph records it."""
+        self._clear()
+        loss = self.head(self.embed(images), labels)
+        loss.backward()
+        return loss.detach(), self._update()
+
+    def _clear(self) -> None:
+        self.sgd.zero_grad()
+        if self.head_sgd:
+            self.head_sgd.zero_grad()
+
+    def _update(self) -> Tensor | None:
+        """The step of SGD, and the norm of the gradient where it is clipped."""
         norm = self.clip() if self.config.clip else None
         self.sgd.step()
         if self.head_sgd:
             self.head_sgd.step()
-        return total, norm, seen
+        return norm
 
     def look(self, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
         seen = self.head.watch(embeddings, labels)
@@ -138,7 +166,10 @@ class Network:
     def set_rate(self, lr: float) -> None:
         for sgd in filter(None, (self.sgd, self.head_sgd)):
             for group in sgd.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
         if self.head.sgd:
             self.head.sgd.lr = lr
 
@@ -212,6 +243,8 @@ def build_head(config: TrainConfig, classes: int, ranks: Ranks) -> MarginHead:
     """With all classes, or with this rank's where there are several ranks or only a sample of the classes is seen."""
     # labels are 0 … K − 1 by construction, and the loop looks at the loss itself
     options = {name: getattr(config, name) for name in SETTINGS} | {"check": False}
+    if config.bfloat16 and ranks.device.type == "cuda":  # a CPU gains nothing by it
+        options["products"] = "bfloat16"
     try:
         if ranks.grouped:
             rate = config.sample_rate

@@ -19,6 +19,8 @@ import hashlib
 import io
 import json
 import os
+import queue
+import random
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -46,18 +48,23 @@ from mvrepro.images.storage import kept_array
 from mvrepro.terminal import child
 
 SHARES = {"tests": 0.3, "head": 0.25, "loop": 0.17, "evidence": 0.28}  # of the time
+MOST_PROCESSES = 15  # that tests are spread over
 SLACK = 20  # seconds that a part which is asked to end may still take
 PACK = ROOT / "build" / "gpu-pack.zip"
 LIMIT = 30 * 2**20  # bytes of a pack
 SIDES = ((64, 70), (64, 40), (56, 70), (48, 70), (40, 70), (32, 70))  # and quality of its WebPs: the first that fit
 VARIANTS = {  # of the loop: the share of the time that is left
-    "noise": 0.35, "recordio": 0.7, "small, batch 128": 0.2, "small, batch 1024": 0.2, "noise, compiled": 0.6,
-    "small, batch 128, compiled": 0.5, "small, batch 1024, compiled": 1.0,
+    "noise": 0.45, "recordio": 0.6, "small, batch 128": 0.15, "small, batch 128, graph": 0.2,
+    "iresnet-18, batch 128": 0.2, "iresnet-18, batch 128, graph": 0.3, "small, batch 1024, graph": 0.3,
+    "iresnet-18, batch 128, graph, compiled": 1.0,
 }  # fmt: skip
 LISTS = ("pairs.txt", *(f"blufr/{kind}_set.txt" for kind in ("test", "gallery", "probe")))
 SEEDS = 5  # of the larger network, and of the small one where the profile has fewer
+LARGE: dict[str, Any] = {  # it learns sooner than the small one
+    "backbone": "iresnet-18", "image_size": 48, "embedding_dim": 512, "bfloat16": True, "epochs": 20
+}  # fmt: skip
 ARC = {"lr": 0.02, "m": 0.35}  # with which an Arc loss learns, as params.yaml says
-LOSSES = ("Softmax", "AM-Softmax", "MV-AM-Softmax-f", "MV-AM-Softmax-a", "Arc-Softmax", "MV-Arc-Softmax-a")
+LOSSES = ("AM-Softmax", "MV-AM-Softmax-f", "MV-AM-Softmax-a", "Softmax", "Arc-Softmax", "MV-Arc-Softmax-a")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,39 +163,78 @@ def _part(job: Job) -> dict[str, Any]:
 
 
 def tests(job: Job) -> None:
-    """tests/test_gpu.py: how many passed, and what the others said."""
+    """tests/test_gpu.py, over processes: how many passed, and what the others said. Compiling takes most of the time,
+    and that is the host's work."""
+    context = get_context("spawn")
+    count = 1 if job.tiny else max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 1))
+    heard: Any = context.Queue()
+    shards = [context.Process(target=_shard, args=(job, i, count, heard)) for i in range(count)]
+    for shard in shards:
+        shard.start()
+    found: dict[str, Any] = {"processes": count, "passed": 0, "not_reached": 0, "skipped": {}, "failed": {}}
+    found["provenance"] = _provenance(job)
+    running = count
+    while running:
+        try:
+            what, name, text = heard.get(timeout=1)
+        except queue.Empty:
+            if any(shard.exitcode for shard in shards):
+                found["error"] = "a process of the tests died"
+                break
+            continue
+        if what == "end":
+            running -= 1
+            found["not_reached"] += int(text)
+            if name:
+                found["error"] = name
+        elif what == "passed":
+            found["passed"] += 1
+        elif what == "skipped":
+            found["skipped"][text] = found["skipped"].get(text, 0) + 1
+        else:
+            found["failed"][name] = text
+        if what != "passed" or found["passed"] % 20 == 0:
+            job.write(found)
+    if found["failed"]:
+        found["error"] = f"{len(found['failed'])} tests failed"
+    job.write(found)
+
+
+def _shard(job: Job, number: int, count: int, heard: Any) -> None:
+    """Those of the tests that fall to this process; (what, test, text) of each goes into the queue, last ("end", error,
+    how many there was no time for)."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     import pytest
 
-    found: dict[str, Any] = {"passed": 0, "skipped": {}, "failed": {}, "provenance": _provenance(job)}
+    late = [0]
 
-    class Recorder:
+    class Shard:
+        @staticmethod
+        def pytest_collection_modifyitems(items: list[Any]) -> None:
+            random.Random(0).shuffle(items)  # what takes long stands together
+            items[:] = items[number::count]
+
         @staticmethod
         def pytest_runtest_logreport(report: Any) -> None:
             if report.failed:
-                found["failed"][report.nodeid] = str(report.longrepr)[-2000:]
-                job.write(found)
+                heard.put(("failed", report.nodeid, str(report.longrepr)[-2000:]))
             elif report.skipped:
-                why = str(report.longrepr[-1]).removeprefix("Skipped: ")
-                found["skipped"][why] = found["skipped"].get(why, 0) + 1
+                heard.put(("skipped", report.nodeid, str(report.longrepr[-1]).removeprefix("Skipped: ")))
             elif report.when == "call":
-                found["passed"] += 1
-                if found["passed"] % 20 == 0:
-                    job.write(found)
+                heard.put(("passed", report.nodeid, ""))
 
         @staticmethod
-        def pytest_runtest_protocol(item: Any) -> None:
-            if job.left() < 0:
-                item.session.shouldstop = "the time of this part is over"
-                found["stopped_after"] = item.nodeid
+        def pytest_runtest_protocol(item: Any) -> bool | None:
+            late[0] += job.left() < 0
+            return True if job.left() < 0 else None
 
-    words = ["-q", "-p", "no:cacheprovider", "--tb=short", str(ROOT / "tests" / "test_gpu.py")]
-    # all of them there would take minutes, and CI runs them anyway
-    code = pytest.main([*words, *(["-k", "sweep_agrees and AM"] if job.tiny else [])], plugins=[Recorder()])
-    if found["failed"]:
-        found["error"] = f"{len(found['failed'])} tests failed"
-    elif code not in (0, 2):
-        found["error"] = f"pytest ended with {code}"
-    job.write(found)
+    # all of them on a CPU would take minutes, and CI runs them anyway
+    which = "sweep_agrees and AM" if job.tiny else "cuda" if job.device.startswith("cuda") else "cpu or meta"
+    words = ["-q", "-p", "no:cacheprovider", "--tb=short", "-k", which]
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        code = pytest.main([*words, str(ROOT / "tests" / "test_gpu.py")], plugins=[Shard()])
+    nothing = code == pytest.ExitCode.NO_TESTS_COLLECTED and number  # more processes than tests
+    heard.put(("end", "" if code in (0, 1) or nothing else f"pytest ended with {int(code)}", late[0]))
 
 
 def head(job: Job) -> None:
@@ -204,9 +250,9 @@ def head(job: Job) -> None:
         wanted = [("shape", "tf32", (16, 3000, 32), few), ("chunks", "float32", (16, 3000, 32), [])]
     else:
         million, tenth = (1024, 1_000_000, 512), (1024, 100_000, 512)
-        wanted = [("shape", "bfloat16", million, cases), ("shape", "bfloat16", tenth, cases)]
-        wanted += [("shape", "tf32", million, cases)]
-        wanted += [("chunks", dtype, million, []) for dtype in ("tf32", "bfloat16")]
+        wanted = [("shape", "bfloat16", million, cases), ("chunks", "bfloat16", million, [])]
+        wanted += [("shape", "tf32", million, cases), ("shape", "bfloat16", tenth, cases)]
+        wanted += [("chunks", "tf32", million, [])]
         wanted += [("shape", "float32", million, cases)]
         wanted += [("shape", "tf32", shape, few) for shape in ((128, 4000, 128), (512, 30_000, 512))]
         wanted += [("shape", dtype, tenth, cases) for dtype in ("tf32", "float32")]
@@ -233,8 +279,8 @@ def head(job: Job) -> None:
 
 def loop(job: Job) -> None:
     """The whole loop against the backbone's bare passes: fed with noise by processes, then from a RecordIO file of
-    photographs, a small network on small images in memory, and these with the backbone compiled. VARIANTS says which
-    share of the time that is left then each may take."""
+    photographs; smaller networks on small images in memory, and these as a graph. VARIANTS says which share of the
+    time that is left then each may take."""
     import torch
 
     from benchmarks import loop as bench
@@ -252,6 +298,7 @@ def loop(job: Job) -> None:
     }  # fmt: skip
     small_net = {"data": "memory", "synthetic_classes": 0, "embedding_dim": 128, "workers": 0}
     small_net |= {"backbone": "iresnet-small", "image_size": 32}
+    large_net = small_net | {"backbone": "iresnet-18", "image_size": 64, "embedding_dim": 512}
     if job.tiny:
         settings |= {"synthetic_classes": 30, "backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 8}
         settings |= {"batch_size": 24, "workers": 1}
@@ -260,16 +307,17 @@ def loop(job: Job) -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def changes(name: str) -> dict[str, Any]:
-            compiled = {"compile": "compiled" in name}
-            if name.startswith("small"):
-                return small_net | compiled | {"batch_size": int(name.split()[2].strip(","))}
+            if "batch" in name:
+                net = small_net if name.startswith("small") else large_net
+                how = {"compile": "compiled" in name, "graph": "graph" in name}
+                return net | how | {"batch_size": int(name.split()[2].strip(","))}
             if name != "recordio":
-                return compiled
+                return {}
             write_rec(Path(folder, "set", "train.rec"), _encoded(job, settings))
             return {"data": str(Path(folder, "set")), "synthetic_classes": 0}
 
         for name, share in VARIANTS.items():
-            if job.tiny and ("compiled" in name or name.endswith("1024")):
+            if job.tiny and name not in ("noise", "recordio", "small, batch 128"):
                 continue
             if job.left() < 0:
                 record["not_reached"].append(name)
@@ -333,7 +381,10 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     from mvrepro.training.loop import CODE
 
     about = {"sha256": Pack(pack).sha256(), "images": len(Pack(pack).table)}
-    wanted = [settings | {"device": job.device} for settings in _wanted(job.tiny, Pack(pack).side)]
+    wanted = []
+    for settings in _wanted(job, Pack(pack).side):
+        if settings not in wanted:
+            wanted.append(settings)
     for side in {settings["image_size"] for settings in wanted}:
         Pack(pack).read("test", side)  # decoded once, for all processes
     name = _provenance(job)["device"]
@@ -381,21 +432,26 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     pool.shutdown(wait=not pending, cancel_futures=True)
 
 
-def _wanted(tiny: bool, side: int) -> Iterator[dict[str, Any]]:
-    """The settings of the runs, the most important first: those of the profile, which need no other run's network, as
-    they stand in params.yaml; a larger network at the pack's side; then more seeds of both."""
+def _wanted(job: Job, side: int) -> Iterator[dict[str, Any]]:
+    """The settings of the runs, the most important first: the larger network at the pack's side, which a CPU has no
+    time for; those of the profile, which need no other run's network, as they stand in params.yaml; then more seeds of
+    both."""
     from mvrepro import pipeline
     from mvrepro.commands.train import profile_settings
 
-    common: dict[str, Any] = profile_settings("faces") | {"data": "pack"}
-    if tiny:
+    common: dict[str, Any] = profile_settings("faces") | {"data": "pack", "device": job.device}
+    if job.device.startswith("cuda"):
+        common |= {"deterministic": False, "graph": True}
+    if job.tiny:
         common |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "warmup": 0}
-        yield from (common | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[1:3])
+        yield from (common | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[:2])
         return
+    how = {name: common[name] for name in ("data", "device", "deterministic", "graph") if name in common}
     configs = [step.config for step in pipeline.runs("faces") if step.config]
-    small = [asdict(config) | {"data": "pack"} for config in configs if not config.after]
+    small = [asdict(config) | how for config in configs if not config.after]
+    large = common | LARGE | {"image_size": min(LARGE["image_size"], side)}
+    yield from (large | {"loss": loss, "seed": 0} for loss in LOSSES[:4])
     yield from small
-    large = common | {"backbone": "iresnet-18", "image_size": min(64, side), "embedding_dim": 512, "bfloat16": True}
     for seed in range(SEEDS):
         yield from (large | {"loss": loss, "seed": seed} | (ARC if "Arc" in loss else {}) for loss in LOSSES)
         more = [settings | {"seed": seed} for settings in small if settings["seed"] == 0]
@@ -477,24 +533,27 @@ class Pack:
 
     def read(self, which: str, side: int) -> Pixels:
         """One of the sets at side × side pixels, at most those of the pack."""
-        from PIL import Image
-
         if side > self.side:
             raise UserError(f"{display(self.path)} holds images of {self.side}×{self.side} pixels, not {side}")
 
-        def one(content: bytes) -> NDArray[np.uint8]:
-            face = Image.fromarray(decode(content).transpose(1, 2, 0))
-            return np.asarray(face.resize((side, side), Image.Resampling.BOX)).transpose(2, 0, 1)
-
-        def build() -> NDArray[np.uint8]:
+        def contents() -> Iterator[list[bytes]]:
             with zipfile.ZipFile(self.path) as file:
                 content = file.read("images.bin")
             starts = [0, *self.ends[:-1].tolist()]
-            with ThreadPoolExecutor() as threads:
-                return np.stack(list(threads.map(one, (content[a:b] for a, b in zip(starts, self.ends, strict=True)))))
+            images = [content[a:b] for a, b in zip(starts, self.ends, strict=True)]
+            yield from (images[i : i + 1000] for i in range(0, len(images), 1000))
 
+        def build() -> NDArray[np.uint8]:
+            with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+                return np.concatenate(list(pool.map(one_side, contents())))
+
+        one_side = partial(_decoded, side)
         few = len(self.table) < 5000
-        pixels = build() if few else kept_array(f"faces/pack-{side}", [self.path], build)
+        pixels = (
+            np.concatenate([*map(one_side, contents())])
+            if few
+            else kept_array(f"faces/pack-{side}", [self.path], build)
+        )
         rows = self.table[:, 0] == which
         return Pixels.of_people(np.array(pixels[rows]), self.table[rows, 2], self.table[rows, 1])
 
@@ -510,6 +569,14 @@ class Pack:
             for name in LISTS:
                 file.extract(f"lists/{name}", folder)
         return folder / "lists"
+
+
+def _decoded(side: int, contents: list[bytes]) -> NDArray[np.uint8]:
+    """(N, 3, side, side)."""
+    from PIL import Image
+
+    faces = (Image.fromarray(decode(content).transpose(1, 2, 0)) for content in contents)
+    return np.stack([np.asarray(face.resize((side, side), Image.Resampling.BOX)).transpose(2, 0, 1) for face in faces])
 
 
 def tiny_pack(folder: Path) -> Path:
@@ -581,8 +648,8 @@ def table(path: Path) -> str:
         lines.append(f"  {record.get('passed', 0)} passed")
         lines += [f"  {count} skipped: {why}" for why, count in record.get("skipped", {}).items()]
         lines += [f"  failed: {name}" for name in record.get("failed", ())]
-        if "stopped_after" in record:
-            lines.append(f"  not reached: what follows {record['stopped_after']}")
+        if record.get("not_reached"):
+            lines.append(f"  no time for {record['not_reached']}")
     for entry in record.get("shapes", ()):
         if "chunk_mib" in entry:
             ratios = ", ".join(f"{mib} MiB {ratio:.2f}" for mib, ratio in entry["chunk_mib"].items())

@@ -40,7 +40,7 @@ from mvrepro.training.config import TrainConfig, from_settings
 
 CODE, COMPUTED = RESULTS / "code.json", LOCAL / "computed.json"
 MOST_JOBS = 4  # a run takes about 450 MiB
-ASIDE = ("bench", "published")  # stages that are computed where they are asked for by name, and else taken as they lie
+ASIDE = ("bench", "gpu", "published")  # stages computed where they are asked for by name, and else taken as they lie
 NO_RECORD, OTHER_SETTINGS = "has no record", "was made with other settings"  # why a run is not current
 OTHER_CODE, OTHER_BASE = "was made by other code", "began with a network of other settings"
 AGAIN = "What was computed before is kept: the same command goes on from there."

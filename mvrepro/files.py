@@ -194,6 +194,11 @@ def read_column(path: Path, once: Callable[[str], str] | None = None, *, empty: 
     return [line for _, line in lines]
 
 
+def is_number(text: str) -> bool:
+    """Digits that int() reads: no sign, no "²", no thousands of them."""
+    return text.isdecimal() and len(text) < 10
+
+
 def check_once(path: Path, numbered: Iterable[tuple[int, str]]) -> None:
     """Raises UserError that names both lines of a list (number, text) in which a text stands twice."""
     first: dict[str, int] = {}

@@ -171,9 +171,7 @@ def read_backbone(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 def rebuilt(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """The network that `about` says, with these weights, in evaluation mode. Raises UserError for what networks.build
     does not take, and before memory is taken for a network of which the file does not hold the weights."""
-    name, sizes = about.get("backbone"), {key: value for key, value in about.items() if key != "backbone"}
-    if name not in networks.NETWORKS:  # a tuple: what can't be hashed is looked for, too
-        raise UserError(f"{path} says that it holds the backbone {name!r}; known are: {', '.join(networks.NETWORKS)}")
+    name, sizes = about.get("backbone", ""), {key: value for key, value in about.items() if key != "backbone"}
     for key, (least, most) in SIZES.items():
         value = sizes.get(key)
         if type(value) is not int or not least <= value <= most:
@@ -181,6 +179,8 @@ def rebuilt(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> nn.M
     try:
         with torch.device("meta"):
             wanted = networks.build(name, **sizes).state_dict()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except RuntimeError as error:
         raise UserError(f"{path} holds no {name} of {sizes}: {first_words(error)}") from None
     for key, tensor in wanted.items():

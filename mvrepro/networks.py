@@ -353,7 +353,7 @@ NETWORKS = (*ANY_SIZE, *FACES)
 
 def check_name(name: str) -> None:
     """Raises UserError with the known names for an unknown one."""
-    if name not in NETWORKS:
+    if name not in NETWORKS:  # a tuple: what can't be hashed is looked for, too
         raise UserError(f"unknown backbone {name!r}; known are: {', '.join(NETWORKS)}")
 
 

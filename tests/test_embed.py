@@ -283,7 +283,7 @@ def test_a_checkpoint_is_embedded_as_its_run_tested(
         ({"embedding_dim": 5.0}, "says embedding_dim 5.0, expected a number"),
         ({"in_channels": None}, "says in_channels None, expected a number in 1 … 1024"),
         ({"in_channels": 2}, "does not fit iresnet-tiny: body."),
-        ({"backbone": ["x"]}, "says that it holds the backbone ['x']; known are: toy, iresnet-tiny, "),
+        ({"backbone": ["x"]}, "x.safetensors: unknown backbone ['x']; known are: toy, iresnet-tiny, "),
         ({"backbone": "iresnet-100"}, "does not fit iresnet-100: "),
         ({"backbone": "mobilefacenet"}, "mobilefacenet takes images of 112×112 pixels in 3 channels, got 12×12 "),
         ({"more": 1}, "does not say which backbone it holds"),

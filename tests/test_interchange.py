@@ -473,7 +473,7 @@ def test_images_of_cfp_are_known_below_other_folders_and_missed_by_name(
     assert found == [found[0]] * 3
     (lfw / "n.txt").write_text("\n".join([names[0], "999/frontal/09", *names[2:]]))
     error = fails(capsys, "cfp-ff", *given)
-    assert "--names lacks the image 001/frontal/02 (" in error and "it has names such as '001/frontal/01'" in error
+    assert "names lack 001/frontal/02 (" in error and "they are such as 001/frontal/01" in error
 
 
 def test_an_option_of_another_protocol_is_refused(lfw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,7 +176,7 @@ def test_rates_outside_their_range_are_refused(fpr: float) -> None:
 @pytest.mark.parametrize("side", ["genuine", "impostor"])
 def test_scores_that_are_no_numbers_are_refused(side: str, bad: list[float]) -> None:
     good = np.linspace(0, 1, 10)
-    with pytest.raises(ValueError, match=f"^{side} scores must be numbers, one at least; got {len(bad)}"):
+    with pytest.raises(ValueError, match=f"^{side} scores must be numbers, one at least, got NaN or none"):
         tpr_at_fpr(*((bad, good) if side == "genuine" else (good, bad)), [0.5])
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro import images, protocols
+from mvrepro.commands.embed import read_about
 from mvrepro.errors import UserError
-from mvrepro.files import check_file, read_column, read_json, read_lines, write_atomic
+from mvrepro.files import check_file, read_column, read_lines, write_atomic
 from mvrepro.images import align, fetch, photographs
 from mvrepro.images.storage import check_apart
 
@@ -103,8 +104,6 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    if arguments.bad_limit < 0:
-        raise UserError(f"--bad-limit must be 0 or more, got {arguments.bad_limit}")
     counts = align.prepare(arguments.raw, arguments.out, pick=arguments.pick, bad_limit=arguments.bad_limit)
     print(
         f"{counts['aligned']:,} aligned, {counts['centre']:,} without a face (their centre was taken), "
@@ -272,15 +271,7 @@ def _alike(
 
 def _check_alike(ours: Path, theirs: Path) -> None:
     """Raises UserError where the notes that embed left in both folders tell of two networks, or ways to call one."""
-    notes = []
-    for path in (ours / "about.json", theirs / "about.json"):
-        try:
-            notes.append(read_json(path) if path.is_file() else {})
-        except (OSError, ValueError, RecursionError):
-            raise UserError(f"{path} is damaged: remove it, or embed anew") from None
-    one, other = notes
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        raise UserError(f"{ours} or {theirs}: about.json is damaged: remove it, or embed anew")
+    one, other = (read_about(folder) or {} for folder in (ours, theirs))
     for key in ("network", "size", "colour", "normalise", "mirror"):
         if key in one and key in other and one[key] != other[key]:
             raise UserError(

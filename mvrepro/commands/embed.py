@@ -262,16 +262,23 @@ def _pixels(source: Images, i: int, size: int, colour: str) -> NDArray[np.uint8]
     return found[::-1] if colour == "bgr" else found
 
 
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """The about.json of a folder that embed wrote; None where there is none. Raises UserError for a damaged one."""
+    path = folder / "about.json"
+    if not path.is_file():
+        return None
+    try:
+        about = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise UserError(f"{path} is damaged, so nothing tells what {folder} holds: remove that folder and embed anew")
+    return about
+
+
 def _is_complete(out: Path, about: dict[str, Any], lists: dict[str, bytes], count: int) -> bool:
     """Whether all is there but lists, perhaps. Raises UserError where the folder holds something else, or damaged."""
-    known = out / "about.json"
-    if known.is_file():
-        try:
-            before = read_json(known)
-        except (OSError, ValueError, RecursionError):
-            before = None
-        if not isinstance(before, dict):
-            raise UserError(f"{known} is damaged, so nothing tells what {out} holds: remove it or choose another place")
+    if (before := read_about(out)) is not None:
         state = about[STATE]  # which notes of 0.1 lack
         if other := [
             f"{name} was {before.get(name)}, is {value}"

@@ -2,9 +2,7 @@
 
 import argparse
 import inspect
-import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,8 @@ import numpy as np
 
 from mvrepro import protocols
 from mvrepro.errors import UserError
-from mvrepro.files import check_file, read_column, read_lines, write_json
+from mvrepro.files import check_file, read_column, write_json
 from mvrepro.images import photographs, read_bin
-from mvrepro.images.photographs import plain_name
 from mvrepro.protocols.folds import CONVENTIONS
 
 Metrics = dict[str, float]
@@ -71,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             value = load_embeddings(value)
         elif name in ("names", "ids", "gallery_ids"):  # embeddings and gallery come before them
             rows = "gallery" if name == "gallery_ids" else "embeddings"
-            once = partial(_image, protocol=arguments.protocol)
+            once = photographs.cfp_name if arguments.protocol.startswith("cfp") else photographs.lfw_name
             lines = read_column(value, once if name == "names" else None)
             if len(lines) != len(inputs[rows]):
                 raise UserError(
@@ -90,12 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
         asked = {"convention": arguments.convention} if arguments.convention else {}
         write_json(arguments.out, {"protocol": arguments.protocol, **asked, "metrics": metrics})
     return 0
-
-
-def _image(line: str, protocol: str) -> str:
-    """What the lists of a protocol call an image: CFP's with two folders before it, the others with none."""
-    parts = plain_name(line.replace("\\", "/")).split("/")
-    return "/".join(parts[-3:] if protocol.startswith("cfp") else parts[-1:])
 
 
 def _lists(arguments: argparse.Namespace) -> list[Path]:
@@ -125,25 +116,12 @@ def _lfw(embeddings: Any, names: Any, pairs: Path | None = None, convention: str
 
 def _cfp_ff(embeddings: Any, names: Any, convention: str = "exact") -> Metrics:
     """CFP-FF, with the lists in MVREPRO_DATA."""
-    return _cfp("FF", embeddings, names, convention)
+    return _kfold(embeddings, photographs.cfp_pairs("FF", names), convention)
 
 
 def _cfp_fp(embeddings: Any, names: Any, convention: str = "exact") -> Metrics:
     """CFP-FP, with the lists in MVREPRO_DATA."""
-    return _cfp("FP", embeddings, names, convention)
-
-
-def _cfp(kind: str, embeddings: Any, names: Any, convention: str) -> Metrics:
-    known = set(names.tolist())
-    for side in kind:
-        path = photographs.folder("cfp") / "protocol" / f"Pair_list_{side}.txt"
-        for number, line in read_lines(path):
-            image = _image(line.split()[-1], "cfp")
-            if re.fullmatch(r"\d+/(frontal|profile)/\d+", image) and image not in known:
-                raise UserError(
-                    f"--names lacks the image {image} ({path}, line {number}); it has names such as {str(names[0])!r}"
-                )
-    return _kfold(embeddings, photographs.cfp_pairs(kind, names), convention)
+    return _kfold(embeddings, photographs.cfp_pairs("FP", names), convention)
 
 
 def _bin(embeddings: Any, bin: Path, convention: str = "exact") -> Metrics:

@@ -142,7 +142,7 @@ def prepare(
     are there, but of no photo of `raw`.
     """
     if bad_limit < 0:
-        raise UserError(f"the limit of photos that can't be read must be 0 or more, got {bad_limit} (--bad-limit)")
+        raise UserError(f"--bad-limit must be 0 or more, got {bad_limit}")
     images, passed_over, unread = out / "images", list[str](), list[str]()
     places = _places(raw, images, passed_over, unread)
     if len(passed_over) > bad_limit:

@@ -10,7 +10,7 @@ folder .mvrepro, since 36,000 JPEGs take longer to open than a small network tak
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvrepro.errors import UserError
-from mvrepro.files import check_once, read_column, read_lines
+from mvrepro.files import check_once, is_number, read_column, read_lines
 from mvrepro.images.folders import Files, people_in
 from mvrepro.images.pairs import Pairs
 from mvrepro.images.source import SUFFIXES, Pixels
@@ -75,7 +75,7 @@ def _lfw() -> Files:
         raise UserError(f"{images / (empty[0] if empty else '')}: no images there")
     for path, person in zip(paths, people, strict=True):
         name, _, shot = path.stem.rpartition("_")
-        if name != person or not _is_number(shot):
+        if name != person or not is_number(shot):
             raise UserError(f"{path}: expected a name like {person}_0001.jpg in this folder")
     return _files(images, paths, [path.stem for path in paths], people)
 
@@ -108,7 +108,7 @@ def _celeba() -> Files:
     paths, people = [], []
     for number, line in lines:
         parts = line.split()
-        if len(parts) != 2 or not _is_number(parts[1]):
+        if len(parts) != 2 or not is_number(parts[1]):
             raise UserError(f"{path}, line {number}: expected 'image.jpg person', got {line!r}")
         paths.append(here / "images" / parts[0])
         if not paths[-1].is_file():
@@ -166,7 +166,7 @@ def people_of(path: Path, *, empty: bool = False) -> list[str]:
         return people
     lines = read_lines(path, empty=empty)
     if any("\t" in line for _, line in lines):
-        lines = [(number, line.split("\t")[0].strip()) for number, line in lines if not _is_number(line)]
+        lines = [(number, line.split("\t")[0].strip()) for number, line in lines if not is_number(line)]
     check_once(path, ((number, same_name(name)) for number, name in lines))
     return [name for _, name in lines]
 
@@ -222,6 +222,25 @@ def plain_name(name: str) -> str:
     return next((name[: -len(end)] for end in SUFFIXES if name.lower().endswith(end)), name)
 
 
+def lfw_name(path: str) -> str:
+    """What LFW's lists, and those like them, call the image of this file: Aaron_Eckhart_0001."""
+    return plain_name(path).replace("\\", "/").rpartition("/")[2]
+
+
+def cfp_name(path: str) -> str:
+    """What CFP's lists call the image of this file: 001/frontal/01."""
+    return "/".join(plain_name(path).replace("\\", "/").split("/")[-3:])
+
+
+def _rows(names: NDArray[np.str_], called: Callable[[str], str]) -> dict[str, int]:
+    """The row of each image, by what the lists call it. Raises UserError for one that comes twice."""
+    row: dict[str, int] = {}
+    for i, name in enumerate(names.tolist()):
+        if row.setdefault(called(name), i) != i:
+            raise UserError(f"names: {called(name)} comes twice, as {names[row[called(name)]]} and {name}")
+    return row
+
+
 def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
     """Pairs of the images called names (N,), with or without folders before and .jpg behind, out of a list of
 
@@ -232,7 +251,7 @@ def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
     """
     lines = read_lines(path)
     head = lines[0][1].split()
-    titled = len(head) <= 2 and all(_is_number(part) and int(part) > 0 for part in head)
+    titled = len(head) <= 2 and all(is_number(part) and int(part) > 0 for part in head)
     if not titled and (len(lines) < 20 or not 2 <= len(head) <= 4):
         short = f"; a list without such a line needs 20, it has {len(lines)}" if 2 <= len(head) <= 4 else ""
         raise UserError(f"{path}, line {lines[0][0]}: expected 'folds pairs' or 'pairs', got {lines[0][1]!r}{short}")
@@ -241,10 +260,7 @@ def lfw_pairs(path: Path, names: NDArray[np.str_]) -> Pairs:
         raise UserError(
             f"{path}, line {lines[0][0]}: {2 * folds * half} pairs announced, {len(lines) - 1} lines follow"
         )
-    row: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if row.setdefault(plain_name(str(name)).rpartition("/")[2], i) != i:
-            raise UserError(f"names: {name} comes twice; the pairs of {path} tell images by the names of their files")
+    row = _rows(names, lfw_name)
     flags = not titled and len(head) == 2
     if flags:
         couples = zip_longest(lines[::2], lines[1::2], fillvalue=(0, ""))
@@ -279,7 +295,7 @@ def _two_images(parts: list[str], flags: bool) -> tuple[str, str, bool]:
     """The images that a line of a list of pairs names, or two lines with flags; and whether they are of one person.
     Empty names where it has another form."""
     match parts:
-        case [first, flag, second, again] if flags and flag == again and _is_number(flag):
+        case [first, flag, second, again] if flags and flag == again and is_number(flag):
             return plain_name(first), plain_name(second), flag != "0"
         case [person, i, j] if not flags:
             return _shot(person, i), _shot(person, j), True
@@ -289,7 +305,7 @@ def _two_images(parts: list[str], flags: bool) -> tuple[str, str, bool]:
 
 
 def _shot(person: str, number: str) -> str:
-    return f"{person}_{int(number):04d}" if _is_number(number) else f"{person}_{number}"
+    return f"{person}_{int(number):04d}" if is_number(number) else f"{person}_{number}"
 
 
 def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:
@@ -297,10 +313,7 @@ def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:
     and, for the second image of FP, into Pair_list_P.txt. names (N,) such as 001/frontal/01, with or without folders
     before and .jpg behind."""
     here = folder("cfp") / "protocol"
-    row: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if row.setdefault(_cfp_name(str(name)), i) != i:
-            raise UserError(f"names: {_cfp_name(str(name))} comes twice")
+    row = _rows(names, cfp_name)
     lists = [_cfp_list(here / f"Pair_list_{side}.txt", row) for side in kind]
     found = []
     for fold in range(10):
@@ -308,7 +321,7 @@ def cfp_pairs(kind: str, names: NDArray[np.str_]) -> Pairs:
             path = here / "Split" / kind / f"{fold + 1:02d}" / file
             for number, line in read_lines(path):
                 parts = line.split(",")
-                if len(parts) != 2 or not all(_is_number(part.strip()) for part in parts):
+                if len(parts) != 2 or not all(is_number(part.strip()) for part in parts):
                     raise UserError(f"{path}, line {number}: expected 'index,index', got {line!r}")
                 ends = []
                 for part, index in zip(parts, lists, strict=True):
@@ -323,26 +336,17 @@ def _cfp_list(path: Path, row: dict[str, int]) -> dict[int, int]:
     index: dict[int, int] = {}
     for number, line in read_lines(path):
         parts = line.split()
-        name = _cfp_name(parts[-1])
-        if len(parts) != 2 or not _is_number(parts[0]) or name.count("/") != 2:
+        name = cfp_name(parts[-1])
+        if len(parts) != 2 or not is_number(parts[0]) or name.count("/") != 2:
             raise UserError(f"{path}, line {number}: expected 'index path of a known image', got {line!r}")
         if name not in row:
-            raise UserError(f"names: there is no {name}, which {path} has in line {number}, but {next(iter(row), '')}")
+            raise UserError(f"names lack {name} ({path}, line {number}); they are such as {next(iter(row), '')}")
         if int(parts[0]) in index:
             raise UserError(f"{path}, line {number}: index {parts[0]} stands there twice")
         index[int(parts[0])] = row[name]
     return index
 
 
-def _cfp_name(path: str) -> str:
-    return "/".join(plain_name(path).replace("\\", "/").split("/")[-3:])
-
-
 def _pairs(found: list[tuple[int, int, bool, int]]) -> Pairs:
     left, right, same, folds = (np.array(column) for column in zip(*found, strict=True))
     return Pairs(left, right, same.astype(bool), folds)
-
-
-def _is_number(text: str) -> bool:
-    """Digits that int() reads: no sign, no "²", no thousands of them."""
-    return text.isdecimal() and len(text) < 10

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError
+from mvrepro.files import is_number
 from mvrepro.images.folders import suffix
 from mvrepro.images.source import SUFFIXES, Encoded
 from mvrepro.images.storage import Reader, kept_array, new_set, read_classes, write_classes
@@ -103,7 +104,7 @@ def _check_end(file: Reader, end: int) -> None:
 
 def _class_id(content: bytes, where: str) -> int:
     text = content.decode("ascii", "replace").strip()
-    if not (text.isdecimal() and len(text) < 10):
+    if not is_number(text):
         raise UserError(f"{where}: expected a class id, got {text[:20]!r}")
     return int(text)
 

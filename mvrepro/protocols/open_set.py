@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mvrepro.errors import UserError
-from mvrepro.files import read_column
+from mvrepro.files import is_number, read_column
 from mvrepro.protocols.scores import Largest, unit
 from mvrepro.protocols.verification import (
     allowed,
@@ -174,7 +174,7 @@ def _trials(path: Path) -> Iterator[list[Entry]]:
         nonlocal at
         line = lines[at].strip() if at < len(lines) else "the end of the file"
         at += 1
-        if not line.isdecimal() or int(line) < 1:
+        if not is_number(line) or int(line) < 1:
             raise UserError(f"{path}, line {at}: expected the number of {of}, found {line!r}")
         return int(line)
 

@@ -83,7 +83,7 @@ def operating_points(genuine: Floats, top: Floats, impostors: int, fprs: Sequenc
 def check_scores(**sides: int) -> None:
     for what, count in sides.items():
         if not count:
-            raise ValueError(f"{what} scores must be numbers, one at least; got 0 with NaN or none")
+            raise ValueError(f"{what} scores must be numbers, one at least, got NaN or none")
 
 
 def tpr_at_fpr(genuine: ArrayLike, impostor: ArrayLike, fprs: Sequence[float]) -> list[Operating]:
@@ -94,9 +94,7 @@ def tpr_at_fpr(genuine: ArrayLike, impostor: ArrayLike, fprs: Sequence[float]) -
     empty or NaN scores, for a outside (0, 1], and where a·M < 1: then no threshold measures that FPR.
     """
     good, bad = (np.asarray(x, dtype=np.float64).ravel() for x in (genuine, impostor))
-    for what, scores in (("genuine", good), ("impostor", bad)):
-        if not len(scores) or np.isnan(scores).any():
-            raise ValueError(f"{what} scores must be numbers, one at least; got {len(scores)} with NaN or none")
+    check_scores(genuine=len(good) and not np.isnan(good).any(), impostor=len(bad) and not np.isnan(bad).any())
     check_fprs(len(bad), fprs)
     return operating_points(good, bad, len(bad), fprs)
 

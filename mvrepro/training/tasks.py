@@ -293,7 +293,7 @@ def _kfold(name: str, embeddings: NDArray[np.float32], pairs: Pairs) -> Judged:
         # A bit a pair, in the order of the list: reports pair the losses by them, and draw people anew.
         "correct": np.packbits(result.correct).tobytes().hex(),
         "histogram": {
-            side: _words(np.histogram(scores[chosen], BINS, (-1, 1))[0])
+            side: words(np.histogram(scores[chosen], BINS, (-1, 1))[0])
             for side, chosen in (("impostor", ~pairs.same), ("genuine", pairs.same))
         },
     }
@@ -313,9 +313,9 @@ def _every_pair(embeddings: NDArray[np.float32], test: Pixels, fprs: tuple[float
     evidence = {
         "fpr": list(ROC),
         "tpr": _round([p.tpr for p in result.points[len(fprs) :]]),
-        "histogram": {side: _words(bins) for side, bins in zip(("impostor", "genuine"), result.histogram, strict=True)},
-        "genuine_pairs": _words(np.bincount(place)),
-        "accepted": _words(counts),
+        "histogram": {side: words(bins) for side, bins in zip(("impostor", "genuine"), result.histogram, strict=True)},
+        "genuine_pairs": words(np.bincount(place)),
+        "accepted": words(counts),
     }
     return metrics, evidence
 
@@ -342,8 +342,8 @@ def _distractors(embeddings: NDArray[np.float32], test: Pixels, more: NDArray[np
         "distractors": list(steps),
         "rates": rates,
         "correct": np.packbits(result.found).tobytes().hex(),  # a bit a person, by name
-        "pairs": _words(pairs),  # a number a person, by name
-        "found": _words(found),
+        "pairs": words(pairs),  # a number a person, by name
+        "found": words(found),
     }
     return {"rank1": rates[-1], "rank1_by_person": float(np.mean(found / pairs))}, evidence
 
@@ -366,7 +366,7 @@ def _tprs(points: list[protocols.Operating]) -> dict[str, float]:
     return {f"tpr@fpr={p.fpr:g}": p.tpr for p in points}
 
 
-def _words(counts: Any) -> str:
+def words(counts: Any) -> str:
     """Numbers on one line: as a list, JSON would give each a line of its own."""
     return " ".join(map(str, counts))
 

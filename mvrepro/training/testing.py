@@ -16,7 +16,7 @@ from mvrepro.protocols.verification import BINS
 from mvrepro.training.batches import normalised
 from mvrepro.training.logs import CURES, Diverged
 from mvrepro.training.network import Network
-from mvrepro.training.tasks import Task
+from mvrepro.training.tasks import Task, words
 
 BLOCK = 256  # images embedded at once
 
@@ -50,10 +50,7 @@ class Test:
         parts = [np.empty((0, config.embedding_dim), np.float32)]
         with ranks.together():
             for start in range(0, len(self.pixels), BLOCK):
-                images = torch.from_numpy(self.pixels[start : start + BLOCK]).to(ranks.device)
-                with network.half():
-                    pixels = normalised(images, config.channels_last)
-                    parts.append(networks.embed(network.backbone, pixels, mirror=config.flip).numpy())
+                parts.append(_embed(network, self.pixels[start : start + BLOCK], mirror=config.flip).numpy())
         embeddings = np.empty((len(task.test), config.embedding_dim), np.float32)
         for rank, rows in enumerate(ranks.gather(np.concatenate(parts))):
             embeddings[rank :: ranks.count] = rows
@@ -64,6 +61,13 @@ class Test:
                 found = judge(task, embeddings, weight)
         metrics, evidence = ranks.gather((found.metrics, found.evidence))[0]
         return Tested(metrics, evidence, found.features)
+
+
+def _embed(network: Network, pixels: NDArray[np.uint8], *, mirror: bool) -> Tensor:
+    """networks.embed of images as they are read, in the arithmetic that the run has."""
+    images = torch.from_numpy(pixels).to(network.ranks.device)
+    with network.half():
+        return networks.embed(network.backbone, normalised(images, network.config.channels_last), mirror=mirror)
 
 
 SAMPLE = 2048  # training images that `learned` looks at, or as many as have 2^25 cosines
@@ -80,10 +84,7 @@ def learned(task: Task, network: Network, curve: dict[str, list[float]]) -> dict
     count = max(32, min(SAMPLE, 2**25 // network.head.num_classes))
     rows = np.random.default_rng(0).permutation(len(task.train))[:count][ranks.rank :: ranks.count]
     with ranks.together():
-        images = torch.from_numpy(task.train.read(np.sort(rows))).to(ranks.device)
-        with network.half():
-            pixels = normalised(images, network.config.channels_last)
-            embeddings = networks.embed(network.backbone, pixels, mirror=False).to(ranks.device)
+        embeddings = _embed(network, task.train.read(np.sort(rows)), mirror=False).to(ranks.device)
     network.head.eval()
     labels = torch.from_numpy(np.asarray(task.train.labels)[np.sort(rows)])
     found: dict[str, Any] = {CALLED.get(name, name): value for name, value in network.look(embeddings, labels).items()}
@@ -102,7 +103,7 @@ def _histogram(head: MarginHead, embeddings: Tensor, labels: Tensor) -> dict[str
     cosines, own = head.cosines(embeddings).cpu(), labels[:, None]
     sides = {"own": cosines.gather(1, own), "nearest_other": cosines.scatter(1, own, -2).amax(1)}
     counts = {side: np.histogram(found.numpy(), BINS, (-1, 1))[0] for side, found in sides.items()}
-    return {side: " ".join(map(str, found)) for side, found in counts.items()}
+    return {side: words(found) for side, found in counts.items()}
 
 
 def judge(task: Task, embeddings: NDArray[np.float32], weight: Tensor | None) -> Tested:

@@ -22,7 +22,6 @@ import json
 import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +186,8 @@ def rebuilt(path: Path, about: dict[str, Any], state: dict[str, Tensor]) -> nn.M
         found = tuple(state[key].shape) if key in state else "missing"
         if found != tuple(tensor.shape):
             raise UserError(f"{path} does not fit {name}: {key} is {found}, expected {tuple(tensor.shape)}")
+        if state[key].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"{path} does not fit {name}: {key} is of {state[key].dtype}, expected {tensor.dtype}")
     model = networks.build(name, **sizes)
     try:
         model.load_state_dict(state)
@@ -330,8 +331,8 @@ def load_embeddings(path: Path) -> NDArray[np.floating[Any]]:
     """(N, D) floats out of a .npy file, memory-mapped. Raises UserError for what is none, and for a pickle in it."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = "it holds no plain array of numbers" if "pickle" in str(error) else error
+    except Exception as error:  # of damaged headers, NumPy raises all sorts of things
+        reason = "it holds no plain array of numbers" if "pickle" in str(error) else first_words(error)
         raise UserError(f"{path} is not a readable .npy file: {reason}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} holds several arrays (.npz); save the embeddings with numpy.save")

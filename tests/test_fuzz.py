@@ -3,24 +3,37 @@
 Bytes are cut, doubled, swapped and changed. FUZZ says how many examples of each (1,000 at night, fewer otherwise).
 """
 
+import argparse
 import contextlib
+import hashlib
 import io
+import json
 import os
+import struct
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save
 
-from mvrepro import images
+from mvrepro import images, interchange, networks
+from mvrepro.commands import embed, judge
 from mvrepro.errors import UserError
 from mvrepro.files import read_column
-from mvrepro.images import photographs, storage
+from mvrepro.heads.margin import MarginHead
+from mvrepro.images import archives, photographs, storage
 from mvrepro.protocols import blufr_trials
+from mvrepro.training import checkpoint
+from mvrepro.training.ranks import Ranks
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ", "25")), deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -223,3 +236,236 @@ def test_lists(name: str) -> None:
             ends_well(lambda: read(root, content))
 
     check()
+
+
+# Each byte changed in several ways, and the file cut short at each place: more than chance finds.
+
+
+def spoiled(whole: bytes, step: int = 1) -> Iterator[bytes]:
+    yield from (whole[:at] for at in range(0, len(whole), step))
+    for at in range(0, len(whole), step):
+        start, rest = whole[:at], whole[at + 1 :]
+        yield from (start + bytes([whole[at] ^ bits]) + rest for bits in (1, 128, 255))
+        yield start + rest
+        yield start + b"9" * 20 + whole[at:]  # counts become huge
+        yield start + b"\n" + whole[at:]
+
+
+def all_end_well(path: Path, contents: Iterable[bytes], read: Callable[[], object]) -> None:
+    for content in contents:
+        path.write_bytes(content)
+        ends_well(read)
+    path.unlink()
+    ends_well(read)
+    path.mkdir()
+    with pytest.raises(UserError):
+        read()
+
+
+def with_header(shape: str, kind: str = "'<f4'") -> bytes:
+    header = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(24)
+
+
+HEADERS = [
+    *map(with_header, ("(2**70, 2)", f"({9**25}, 2)", f"({2**62}, {2**62})")),
+    *map(with_header, ("(-3, -2)", "(1e3, 2)", "(3,", "'", "(0, 2)")),
+    *(with_header("(3, 2)", kind) for kind in ("'O'", "[('a', '<f4')]", "3", "'<c8'", "[]")),
+    with_header("(3, 2)", "('<f4', (9999999, 99999))"),
+    with_header("(" * 9000), with_header("(3, 2)" + " " * 20000), b"PK\x03\x04", b"PK\x05\x06" + bytes(18),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # NumPy's about headers of Python 2
+def test_embeddings() -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ones((3, 2), np.float32))
+    with folder() as root:
+        path = root / "x.npy"
+        all_end_well(
+            path, [*spoiled(buffer.getvalue(), step=2), *HEADERS], lambda: np.array(interchange.load_embeddings(path))
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0, 3e38])
+def test_judge(bad: float) -> None:
+    with folder() as root:
+        numbers = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+        numbers[1] = bad
+        np.save(root / "x.npy", numbers)
+
+        def read(protocol: str, *options: str) -> Callable[[], object]:
+            parser = argparse.ArgumentParser()
+            judge.add_arguments(parser)
+            names = [
+                "--embeddings",
+                str(root / "x.npy"),
+                *(str(root / part) if "." in part else part for part in options),
+            ]
+            return lambda: judge.run(parser.parse_args(["--protocol", protocol, *names]))
+
+        (root / "pairs.txt").write_text("1\t1\nAnn_Lee\t1\t2\nBo\t1\tZoë\t1\n")
+        for protocol, option, more in (("all-pairs", "--ids", ()), ("lfw", "--names", ("--pairs", "pairs.txt"))):
+            run = read(protocol, option, "list.txt", *more)
+            all_end_well(root / "list.txt", spoiled("\n".join(NAMES).encode(), step=5), run)
+            (root / "list.txt").rmdir()
+
+
+def zipped(kind: int, table: bytes = b"image\tperson\na.png\tAnn\n") -> bytes:
+    buffer, image = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (112, 112)).save(image, "PNG")
+    with zipfile.ZipFile(buffer, "w", kind) as file:
+        file.writestr("a.png", image.getvalue())
+        file.writestr("list.tsv", table)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def more() -> Iterator[Path]:
+    with folder() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photographs, "kept_array", lambda name, files, build: build())
+        (root / "more").mkdir()
+        for name in archives.ARCHIVES:
+            (root / f"more/{name}.zip").touch()
+        yield root / "more"
+
+
+def pins() -> object:
+    found = archives.archive("pins", 2)
+    assert len(found) and not {"pins:", "pins:None"} & set(found.people.tolist())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_archives(kind: int) -> None:
+    with more() as root:
+        (root / "pins.zip").write_bytes(zipped(kind))
+        pins()
+        all_end_well(root / "pins.zip", spoiled(zipped(kind), step=9), pins)
+
+
+TABLES = [b"", b"image\n", b"image\tperson\n", b"image\tperson\na.png\n", b'image\tperson\n"' + b"x" * 200_000]
+TABLES += [b'image\tperson\n"a\nb"\tAnn\n', b"image\tperson\n\xff\tAnn\n", b"image\tperson\na.png\t\n"]
+
+
+def test_lists_of_archives() -> None:
+    with more() as root:
+        tables = [*TABLES, *spoiled(b"image\tperson\na.png\tAnn\n")]
+        all_end_well(root / "pins.zip", (zipped(zipfile.ZIP_STORED, table) for table in tables), pins)
+
+
+def overlap() -> None:
+    for name, found in archives.overlap("lfw").items():
+        assert all(1 <= int(person) <= 500 for person in found if name == "cfp")
+        assert all(int(person) >= 0 for person in found if name == "celeba")
+
+
+OVERLAP = b"set\tperson\ttested_in\tcosine\nceleba\t7\tlfw\t0.6\ncfp\t002\tlfw\t1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "read"),
+    [("overlap", OVERLAP, overlap), ("fiw_duplicates", b"person\tsame_as\nF1\tF2\n", archives.duplicates)],
+)
+def test_tables(name: str, whole: bytes, read: Callable[[], object]) -> None:
+    with more() as root:
+        all_end_well(root / f"{name}.tsv", [*spoiled(whole), whole + b'"' + b"x" * 200_000], read)
+
+
+BACKBONE = {"name": "toy", "in_channels": 1, "image_size": 4, "embedding_dim": 2}
+
+
+def test_backbones() -> None:
+    with folder() as root:
+        path, model = root / "x.safetensors", networks.build(**BACKBONE)
+        interchange.save_backbone(path, model, **BACKBONE)
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        contents = [head + whole[start:] for head in spoiled(whole[:start], step=7)]
+        about = {"backbone": "toy", "in_channels": 1, "image_size": 4, "embedding_dim": 2}
+        state = model.state_dict()
+        for change in (
+            {"backbone": [1]},
+            {"backbone": "toy\n"},
+            {"image_size": 10**30},
+            {"embedding_dim": 65536},
+            {"x": 1},
+        ):
+            contents.append(save(state, metadata={"mvrepro": json.dumps(about | change)}))
+        contents += [save(state, metadata={"mvrepro": text}) for text in ("[" * 10**5, "NaN", "{}")]
+        all_end_well(
+            path,
+            [*contents, *(whole[:at] for at in range(start, len(whole), 9999))],
+            lambda: interchange.load_backbone(path),
+        )
+        path.rmdir()
+        for kind in (torch.complex64, torch.int64, torch.bool):
+            path.write_bytes(save({name: x.to(kind) for name, x in state.items()}, {"mvrepro": json.dumps(about)}))
+            with pytest.raises(UserError, match="expected torch"):
+                interchange.load_backbone(path)
+
+
+def checkpoint_of(root: Path, manifest: dict[str, Any], head: torch.Tensor) -> None:
+    """A checkpoint whose SHA-256 are right."""
+    model = {f"backbone.{name}": x for name, x in networks.build(**BACKBONE).state_dict().items()}
+    files = {"common.safetensors": model, "rank-0.safetensors": {"head.weight": torch.ones(3, 2)}}
+    files["rank-1.safetensors"] = {"head.weight": head}
+    for name, state in files.items():
+        (root / name).write_bytes(save(state))
+    sums = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files}
+    about = {"backbone" if key == "name" else key: value for key, value in BACKBONE.items()}
+    value = {"built": about, "about": {"flip": True}, "files": sums} | manifest
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    (root / "manifest.json").write_text(json.dumps(value | {"sha256": digest}))
+
+
+def test_checkpoints() -> None:
+    with folder() as root:
+        checkpoint_of(root, {}, torch.ones(2, 2))
+        assert embed._network(root, 1).mirror
+        whole = (root / "manifest.json").read_bytes()
+        read = lambda: embed._network(root, 1)
+        all_end_well(root / "manifest.json", spoiled(whole, step=9), read)
+        (root / "manifest.json").rmdir()
+        for value in ([], "x", 1, None, {}, {"x": [1]}, {"rank-0.safetensors": 1}):
+            for part in ("built", "about", "files"):
+                checkpoint_of(root, {part: value}, torch.ones(2, 2))
+                with pytest.raises(UserError):
+                    read()
+        for head in (torch.ones(2, 3), torch.ones(2), torch.tensor(1.0), torch.ones(0)):
+            checkpoint_of(root, {}, head)
+            with pytest.raises(UserError, match="does not fit this model"):
+                network = SimpleNamespace(backbone=networks.build(**BACKBONE), head=MarginHead("AM-Softmax", 2, 5))
+                checkpoint.start_from(root, network)  # type: ignore[arg-type]
+        checkpoint_of(root, {}, torch.ones(2, 2))
+        all_end_well(root / "common.safetensors", [b"", b"9" * 99], read)
+
+
+def test_names_of_snapshots(tmp_path: Path) -> None:
+    for name in ("step-²", "step-00000007", "step-x", "step-" + "9" * 200):
+        (tmp_path / name).mkdir()
+    assert checkpoint.Snapshots(tmp_path, {}, "", 1, Ranks(0, 1, torch.device("cpu"))).steps() == [7]
+
+
+def test_lists_of_cfp_and_blufr() -> None:
+    """What test_lists leaves whole: the lists of images and names, huge counts, and folders in the place of lists."""
+    with folder() as root:
+        cfp_lists(root, b"1,2\n2,1\n")
+        for name in ("cfp/protocol/Pair_list_F.txt", "cfp/protocol/Split/FP/03/diff.txt"):
+            whole = (root / name).read_bytes()
+            all_end_well(root / name, spoiled(whole), lambda: photographs.cfp_pairs("FP", CFP))
+            (root / name).rmdir()
+            (root / name).write_bytes(whole)
+        for number, side in ((number, side) for number in (1, 2) for side in ("frontal", "profile")):
+            (root / f"cfp/images/{number:03d}/{side}").mkdir(parents=True)
+            (root / f"cfp/images/{number:03d}/{side}/01.jpg").touch()
+        all_end_well(root / "cfp/names.txt", spoiled("Ann\nZoë\n".encode()), lambda: photographs.files("cfp"))
+        for kind in ("test", "gallery", "probe"):
+            (root / f"{kind}_set.txt").write_bytes(b"1\n2\n1, Ann_Lee_0001.jpg\n2, Bo_0001.jpg\n")
+        for kind in ("test", "gallery", "probe"):
+            whole = (root / f"{kind}_set.txt").read_bytes()
+            all_end_well(root / f"{kind}_set.txt", spoiled(whole), lambda: blufr_trials(NAMES[:3].tolist(), root))
+            (root / f"{kind}_set.txt").rmdir()
+            (root / f"{kind}_set.txt").write_bytes(whole)

@@ -142,6 +142,8 @@ def _network(path: Path, threads: int) -> Any:
     built, settings, state = checkpoint.read_backbone(path)
     if not built:
         raise UserError(f"{path} was written before checkpoints said what network they hold: save it again")
+    if not isinstance(settings.get("flip"), bool):
+        raise UserError(f"{path} is not a readable checkpoint: its manifest.json does not say whether to flip")
     return interchange.embedder(interchange.rebuilt(path, built, state), built, settings["flip"])
 
 

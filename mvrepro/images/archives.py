@@ -9,17 +9,21 @@ children: nothing of it is ever displayed.
 
 import csv
 import io
+import lzma
 import os
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvrepro.errors import UserError
+from mvrepro.errors import UserError, first_words
+from mvrepro.files import is_number
 from mvrepro.images.photographs import SIDE, made_smaller
 from mvrepro.images.source import Pixels, decode
+from mvrepro.images.storage import is_text
 
 ARCHIVES = {
     "fiw": "Families In the Wild, Northeastern University: Kaggle, recognizing-faces-in-the-wild",
@@ -31,6 +35,9 @@ ARCHIVES = {
 
 
 LIST, IMAGE = 2**26, 2**20  # the most bytes of a member: 40 times the largest list, 170 times the largest image
+# what damaged files raise; RuntimeError where one is encrypted or packed in an unknown way
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, csv.Error)
+UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, ValueError, *DAMAGED)
 
 
 def place(name: str) -> Path:
@@ -49,10 +56,12 @@ def archive(name: str, size: int) -> Pixels:
     try:
         with zipfile.ZipFile(path) as file:
             table = io.StringIO(_read(file, "list.tsv", LIST).decode("utf-8-sig"), newline=None)
-            rows = list(csv.DictReader(table, delimiter="\t"))
+            rows = list(_rows(table, f"{path}, list.tsv", "image", "person"))
+            if not rows:
+                raise UserError(f"{path}: its list.tsv lists no images")
             pixels = made_smaller(name, [path], _faces(file, rows), size)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"{path}: not a whole archive with list.tsv in it: {error}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a whole archive with list.tsv in it: {first_words(error)}") from None
     return Pixels.of_people(pixels, np.array([f"{name}:{row['person']}" for row in rows]))
 
 
@@ -69,8 +78,10 @@ def _faces(file: zipfile.ZipFile, rows: list[dict[str, str]]) -> Iterator[NDArra
     for row in rows:
         try:
             yield decode(_read(file, row["image"], IMAGE), (SIDE, SIDE))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{file.filename}, {row.get('image')}: can't be read as an image: {error}") from None
+        except UNREADABLE as error:
+            raise UserError(
+                f"{file.filename}, {row['image']}: can't be read as an image: {first_words(error)}"
+            ) from None
 
 
 def overlap(*tested: str) -> dict[str, set[str]]:
@@ -78,8 +89,16 @@ def overlap(*tested: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for row in _table("overlap.tsv", "set", "person", "tested_in"):
         if row["tested_in"] in tested:
+            _check_number(row["set"], row["person"])
             found.setdefault(row["set"], set()).add(row["person"])
     return found
+
+
+def _check_number(name: str, person: str) -> None:
+    """CelebA and CFP call their people by numbers."""
+    most = {"celeba": 10**9, "cfp": 500}.get(name)
+    if most and not (is_number(person) and 1 <= int(person) <= most):
+        raise UserError(f"{place('overlap.tsv')}: {name} has no person {person!r}")
 
 
 def duplicates() -> dict[str, str]:
@@ -91,8 +110,16 @@ def duplicates() -> dict[str, str]:
 
 def _table(name: str, *columns: str) -> Iterator[dict[str, str]]:
     path = place(name)
-    with path.open(encoding="utf-8-sig", newline="") as table:
-        for number, row in enumerate(csv.DictReader(table, delimiter="\t"), 2):
-            if not all(row.get(column) for column in columns):
-                raise UserError(f"{path}, line {number}: expected {'<tab>'.join(columns)}, …")
-            yield row
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as table:
+            yield from _rows(table, str(path), *columns)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a table in UTF-8: {first_words(error)}") from None
+
+
+def _rows(table: Iterable[str], where: str, *columns: str) -> Iterator[dict[str, str]]:
+    rows = csv.DictReader(table, delimiter="\t")
+    for row in rows:
+        if not all(row.get(column) and is_text(row[column]) for column in columns):
+            raise UserError(f"{where}, line {rows.line_num}: expected {'<tab>'.join(columns)}, …")
+        yield row

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvrepro.errors import UserError, explain_os_error, first_words
-from mvrepro.files import TEMPORARY, display, read_json, sync, write_json
+from mvrepro.files import TEMPORARY, display, is_number, read_json, sync, write_json
 from mvrepro.training.network import Network, part_of
 from mvrepro.training.ranks import Ranks
 
@@ -53,7 +53,7 @@ class Snapshots:
     def steps(self) -> list[int]:
         """Those that are there, the newest first."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        return sorted((int(name) for name in names if is_number(name)), reverse=True)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -86,7 +86,7 @@ class Snapshots:
                 manifest = read_json(folder / "manifest.json")
                 with self.ranks.together():
                     self._compare(manifest, folder, despite_changes)
-                return step, load_file(folder / COMMON), load_file(folder / own), manifest["progress"]
+                return step, _tensors(folder / COMMON), _tensors(folder / own), manifest["progress"]
             damaged.append(f"{folder} is damaged: {faults[0]}")
             self.ranks.say(damaged[-1])
         if damaged:
@@ -162,15 +162,22 @@ def read_backbone(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     if fault := _fault(path):
         raise UserError(f"{path} is not a readable checkpoint: {fault}")
     manifest = read_json(path / "manifest.json")
-    return manifest.get("built", {}), manifest["about"], part_of(load_file(path / COMMON), "backbone.")
+    if not isinstance(built := manifest.get("built", {}), dict):
+        raise UserError(f"{path} is not a readable checkpoint: manifest.json is not whole")
+    return built, manifest["about"], part_of(_tensors(path / COMMON), "backbone.")
 
 
 def start_from(path: Path, network: Network) -> None:
     """Give the network the weights of a checkpoint; its loss may differ (that is how an MV loss starts from a margin
     model), and the number of ranks, its shapes may not. Raises UserError that names what does not fit."""
     _, _, backbone = read_backbone(path)
-    ranks = [load_file(path / _own(rank)) for rank in range(len(read_json(path / "manifest.json")["files"]) - 1)]
-    weight = torch.cat([state.get("head.weight", torch.empty(0)) for state in ranks])
+    ranks = [_tensors(path / _own(rank)) for rank in range(len(read_json(path / "manifest.json")["files"]) - 1)]
+    parts = [state.get("head.weight", torch.empty(0)) for state in ranks]
+    try:
+        weight = torch.cat(parts)
+    except RuntimeError:
+        shapes = " and ".join(str(tuple(part.shape)) for part in parts)
+        raise UserError(f"{path} does not fit this model: head.weight is {shapes} in its ranks") from None
     expected = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in network.backbone.state_dict().items()}
     expected["head.weight"] = (network.head.num_classes, network.head.embedding_dim)
     found = {f"backbone.{name}": tuple(tensor.shape) for name, tensor in backbone.items()}
@@ -183,6 +190,14 @@ def start_from(path: Path, network: Network) -> None:
     if wrong:
         raise UserError(f"{path} does not fit this model: {wrong[0]} ({len(wrong)} differences)")
     network.start_from(backbone, weight)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """What a file holds. Raises UserError for what torch has no tensors for."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{display(path)} can't be read: {first_words(error)}") from None
 
 
 def _own(rank: int) -> str:

@@ -381,12 +381,10 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     from mvrepro.training.loop import CODE
 
     about = {"sha256": Pack(pack).sha256(), "images": len(Pack(pack).table)}
-    wanted = []
-    for settings in _wanted(job, Pack(pack).side):
-        if settings not in wanted:
-            wanted.append(settings)
+    wanted = _wanted(job, Pack(pack).side)
     for side in {settings["image_size"] for settings in wanted}:
         Pack(pack).read("test", side)  # decoded once, for all processes
+    print(f"  the pack is decoded; {job.left():.0f} s are left", flush=True)
     name = _provenance(job)["device"]
     kept = [run for run in before if run.get("pack") == about and run.get("code") == CODE]
     runs = [run for run in kept if run["provenance"]["device"] == name]
@@ -419,6 +417,7 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
             settings = pending.pop(future)
             try:
                 runs.append(future.result() | {"pack": about})
+                print(f"  {settings['backbone']}, {settings['loss']}; {job.left():.0f} s are left", flush=True)
             except Exception as error:
                 if isinstance(error, BrokenProcessPool) and not alone(settings):  # it need not have been its fault
                     again.append(settings)
@@ -432,21 +431,29 @@ def _train_all(job: Job, pack: Path, before: list[Any]) -> None:
     pool.shutdown(wait=not pending, cancel_futures=True)
 
 
-def _wanted(job: Job, side: int) -> Iterator[dict[str, Any]]:
-    """The settings of the runs, the most important first: the larger network at the pack's side, which a CPU has no
-    time for; those of the profile, which need no other run's network, as they stand in params.yaml; then more seeds of
-    both."""
+def _wanted(job: Job, side: int) -> list[dict[str, Any]]:
+    """The settings of the runs, each once, the most important first."""
+    wanted = []
+    for settings in _by_importance(job, side):
+        if settings not in wanted:
+            wanted.append(settings)
+    return wanted
+
+
+def _by_importance(job: Job, side: int) -> Iterator[dict[str, Any]]:
+    """A larger network at the pack's side, which a CPU has no time for; the runs of the profile which need no other
+    run's network, as they stand in params.yaml; then more seeds of both."""
     from mvrepro import pipeline
     from mvrepro.commands.train import profile_settings
 
-    common: dict[str, Any] = profile_settings("faces") | {"data": "pack", "device": job.device}
+    how: dict[str, Any] = {"data": "pack", "device": job.device}
     if job.device.startswith("cuda"):
-        common |= {"deterministic": False, "graph": True}
+        how |= {"deterministic": False, "graph": True}
+    common = profile_settings("faces") | how
     if job.tiny:
         common |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "warmup": 0}
         yield from (common | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[:2])
         return
-    how = {name: common[name] for name in ("data", "device", "deterministic", "graph") if name in common}
     configs = [step.config for step in pipeline.runs("faces") if step.config]
     small = [asdict(config) | how for config in configs if not config.after]
     large = common | LARGE | {"image_size": min(LARGE["image_size"], side)}
@@ -454,8 +461,7 @@ def _wanted(job: Job, side: int) -> Iterator[dict[str, Any]]:
     yield from small
     for seed in range(SEEDS):
         yield from (large | {"loss": loss, "seed": seed} | (ARC if "Arc" in loss else {}) for loss in LOSSES)
-        more = [settings | {"seed": seed} for settings in small if settings["seed"] == 0]
-        yield from (settings for settings in more if settings not in small)
+        yield from (settings | {"seed": seed} for settings in small if settings["seed"] == 0)
 
 
 # The pack

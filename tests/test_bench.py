@@ -256,7 +256,7 @@ def test_a_process_that_is_killed_takes_no_other_run_with_it(tmp_path, monkeypat
 
     wanted = [{"loss": "Softmax", "backbone": "b", "image_size": 16, "seed": seed, **SETTINGS} for seed in range(6)]
     monkeypatch.setattr(gpu, "train_on", fake_runs.train_on)
-    monkeypatch.setattr(gpu, "_wanted", lambda job, side: iter(wanted))
+    monkeypatch.setattr(gpu, "_wanted", lambda job, side: [*wanted])
     monkeypatch.setattr(gpu, "_provenance", lambda job: {"device": "here"})
     evidence = job(tmp_path, "evidence", jobs=3)
     gpu._train_all(evidence, gpu.tiny_pack(tmp_path), [])
@@ -301,7 +301,7 @@ def test_a_pack_holds_what_was_put_into_it(tmp_path, monkeypatch):
         gpu.Pack(tmp_path / "other.zip")
 
 
-def test_the_evidence_is_the_profile_then_a_larger_network_then_more_seeds(monkeypatch):
+def test_the_evidence_is_a_larger_network_then_the_profile_then_more_seeds(tmp_path, monkeypatch):
     rows = [
         {"loss": ["AM-Softmax", "MV-AM-Softmax-a"], "seed": [0, 1]},
         {"loss": "Arc-Softmax", "lr": 0.02, "m": 0.3, "variant": "its own", "seed": 0},
@@ -310,21 +310,24 @@ def test_the_evidence_is_the_profile_then_a_larger_network_then_more_seeds(monke
     params = pipeline.read_yaml(ROOT / "params.yaml")
     params["faces"]["runs"] = rows
     monkeypatch.setattr(pipeline, "read_yaml", lambda path: params)
-    wanted = [TrainConfig(**settings) for settings in gpu._wanted(False, 56)]
+    wanted = [TrainConfig(**settings) for settings in gpu._wanted(job(tmp_path, "evidence"), 40)]
     told = [(c.backbone, c.image_size, c.loss, c.seed, c.lr, c.m, c.variant) for c in wanted]
     small, rate = ("iresnet-small", 32), params["faces"]["train"]["lr"]
-    assert told[:5] == [
+    large = [row[2:6] for row in told if row[:2] == ("iresnet-18", 40)]
+    assert large[:4] == [(loss, 0, rate, None) for loss in gpu.LOSSES[:4]]
+    assert large[4:6] == [(loss, 0, 0.02, 0.35) for loss in gpu.LOSSES[4:]]
+    assert told[4:9] == [
         *((*small, "AM-Softmax", seed, rate, None, "") for seed in (0, 1)),
         *((*small, "MV-AM-Softmax-a", seed, rate, None, "") for seed in (0, 1)),
         (*small, "Arc-Softmax", 0, 0.02, 0.3, "its own"),
     ]
-    large = told[5:11]
-    assert [row[2] for row in large] == list(gpu.LOSSES) and {row[:2] for row in large} == {("iresnet-18", 56)}
-    assert [row[4:6] for row in large] == [(rate, None)] * 4 + [(0.02, 0.35)] * 2
-    more = [row[2:4] for row in told[5:] if row[:2] == small]
+    more = [row[2:4] for row in told[9:] if row[:2] == small]
     assert more[:3] == [("Arc-Softmax", 1), ("AM-Softmax", 2), ("MV-AM-Softmax-a", 2)]
     assert {c.data for c in wanted} == {"pack"} and len(told) == len(set(told)) == 5 * 6 + 3 * 5
-    assert next(iter(gpu._wanted(True, 24)))["image_size"] == 16
+    assert not any(c.graph for c in wanted) and all(c.deterministic for c in wanted)
+    on_gpu = gpu._wanted(job(tmp_path, "evidence", device="cuda"), 40)
+    assert all(settings["graph"] and not settings["deterministic"] for settings in on_gpu)
+    assert gpu._wanted(job(tmp_path, "evidence", tiny=True), 24)[0]["image_size"] == 16
 
 
 def raiser(error):

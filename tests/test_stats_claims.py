@@ -526,6 +526,18 @@ def test_unclear(add, judge, better, profiles, verdict):
     assert judge(claim)["u"].verdict == verdict
 
 
+def test_a_loss_that_is_behind_is_no_unclear_gain(add, judge):
+    add("Softmax", [0.5, 0.5, 0.5])
+    add("AM-Softmax", [0.505, 0.5, 0.5])
+    add("Arc-Softmax", [0.4, 0.405, 0.4])
+    claim = {"id": "u", "rule": "unclear", "pairs": [["AM-Softmax", "Softmax"], ["Arc-Softmax", "Softmax"]]}
+    found = judge(claim)["u"]
+    assert found.verdict == "qualitatively" and found.numbers["behind"] == 1
+    assert re.fullmatch(r"gains of \+0.17 points, least adjusted p = \S+; behind by 9.83", found.found)
+    alone = judge(claim | {"pairs": [["Arc-Softmax", "Softmax"]]})["u"]
+    assert (alone.verdict, alone.found) == ("undecided", "no gains; behind by 9.83")
+
+
 def test_a_claim_is_judged_on_its_profiles_alone(add, judge):
     add("Softmax", [0.5, 0.6, 0.7])
     add("AM-Softmax", [0.60, 0.72, 0.77])

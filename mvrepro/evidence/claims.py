@@ -13,7 +13,8 @@ Rules:
     runaway   the mean cosine of `loss` with the other classes ends below `bound`: reproduced where it does in every
               seed, not reproduced where in none, else qualitatively.
     unclear   of none of the `pairs` (better, worse) is the gain significant, judged as in `greater` with the
-              pairs as family: qualitatively (no gain seen is not proof of none), else not reproduced.
+              pairs as family: qualitatively (no gain seen is not proof of none), else not reproduced. A pair whose
+              95 % interval lies below 0 is behind, which is no unclear gain; undecided where all are.
     argmax    averaged over `losses` and the seeds that every t has, the best t lies in `range`: qualitatively (no test
               stands behind it), else not reproduced.
     untested  not tested, with the reason.
@@ -250,10 +251,16 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             seen = [e for e in estimates if e]
             if len(seen) < len(estimates):
                 return None
-            p, gains = min(holm([e.p for e in seen])), ", ".join(f"{100 * e.mean:+.2f}" for e in seen)
-            numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen)}
-            words = f"gains of {gains} points, least adjusted p = {p:.2g}"
-            return QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED, words, numbers
+            p, behind = min(holm([e.p for e in seen])), [e for e in seen if e.high < 0]
+            gains, losses = (
+                ", ".join(f"{100 * e.mean:+.2f}" for e in part)
+                for part in ([e for e in seen if e not in behind], behind)
+            )
+            numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen), "behind": len(behind)}
+            words = f"gains of {gains} points, least adjusted p = {p:.2g}" if gains else "no gains"
+            words += f"; behind by {losses.replace('-', '')}" if losses else ""
+            verdict = QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED
+            return verdict if gains else UNDECIDED, words, numbers
         case "runaway":
             cosines = runs.of(found.frame, claim["loss"])["other_cosine"].dropna()
             if not len(cosines):

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -350,6 +350,11 @@ def only_one() -> Iterator[None]:
         yield
 
 
+def _died(steps: Iterable[Step]) -> UserError:
+    names = ", ".join(step.name for step in steps)
+    return UserError(f"a process was killed, or ran out of memory, at {names}\n{AGAIN}")
+
+
 def compute(
     steps: Sequence[Step], skip: Callable[[Step], bool], *, jobs: int | None = None, capped: bool = True
 ) -> Iterator[Step]:
@@ -379,9 +384,12 @@ def compute(
                     done.add(step.name)
                     bar.update()
                 else:
-                    pool = pools[capped and (step.config is None or step.config.portable)]
-                    with deaf():  # the workers, which `submit` starts: who started them ends them
-                        running[pool.submit(step.compute)] = step, step.inputs()
+                    pool, before = pools[capped and (step.config is None or step.config.portable)], step.inputs()
+                    try:
+                        with deaf():  # the workers, which `submit` starts: who started them ends them
+                            running[pool.submit(step.compute)] = step, before
+                    except BrokenProcessPool:  # one died since, and its step has not been heard of yet
+                        raise _died([step, *(s for s, _ in running.values())]) from None
             finished = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             # Those that failed last: what ended in the same instant is done and stays done.
             for future in sorted(finished, key=lambda f: f.exception() is not None):
@@ -391,8 +399,7 @@ def compute(
                 except UserError as error:
                     raise UserError(f"{step.name}: {error}\n{AGAIN}") from None
                 except BrokenProcessPool:
-                    names = ", ".join([step.name, *(s.name for s, _ in running.values())])
-                    raise UserError(f"a process was killed, or ran out of memory, at {names}\n{AGAIN}") from None
+                    raise _died([step, *(s for s, _ in running.values())]) from None
                 done.add(step.name)
                 bar.update()
                 bar.set_postfix_str(step.name)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from mvrepro.evidence import runs
 from mvrepro.evidence.stats import mean_interval
@@ -187,7 +188,12 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: 
 
 
 def picture(figure: Figure, form: str) -> bytes:
-    """A figure as "png" or "pdf": equal figures are equal bytes, since neither holds a date."""
+    """A figure as "png" or "pdf": equal figures are equal bytes, since neither holds a date. A PNG has 256 colours, for
+    a third of the bytes: executed notebooks are kept in git, and hosts show none beyond a megabyte or so."""
     file, undated = io.BytesIO(), {"png": ["Software"], "pdf": ["CreationDate", "Creator", "Producer"]}
     figure.savefig(file, format=form, dpi=DPI, metadata=dict.fromkeys(undated[form]))
-    return file.getvalue()
+    if form == "pdf":
+        return file.getvalue()
+    with Image.open(file) as whole, io.BytesIO() as small:
+        whole.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        return small.getvalue()

@@ -112,7 +112,7 @@ def measure(session: Any, rounds: int, budget: float = math.inf, wanted: int | N
     low, ratio, high = _quartiles([b / a for a, b in zip(found["loop"], found["bare"], strict=True)])
     return {
         "kind": "measured",
-        "config": config.decisive(),
+        "config": config.decisive() | {"data": Path(config.data).name},  # where a set lies is this machine's
         "workers": config.workers,
         "sizes": {"classes": network.head.num_classes, "ranks": ranks.count, "steps_a_round": steps},
         "rounds": len(found["loop"]),

@@ -56,6 +56,7 @@ def test_the_threat_model_names_what_is_there() -> None:
     # every module that opens what others wrote
     openers = r"safe_open|Image\.open|pickle|tarfile\.open|zipfile\.ZipFile|np\.load|torch\.load|InferenceSession"
     for path in (ROOT / "mvrepro").rglob("*.py"):
-        if re.search(openers, path.read_text(encoding="utf-8")) and path.stem not in ("small", "storage"):
+        own = path.stem in ("small", "storage", "plots")  # these open what they made themselves
+        if re.search(openers, path.read_text(encoding="utf-8")) and not own:
             place = str(path.relative_to(ROOT / "mvrepro"))
             assert place in text or f"{path.stem}." in text, place

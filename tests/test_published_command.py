@@ -10,6 +10,7 @@ from test_tasks import World, made_up, write_lines
 
 from mvrepro import __main__, protocols
 from mvrepro.commands import published
+from mvrepro.evidence import runs
 from mvrepro.images import Pixels, photographs
 from mvrepro.training import tasks
 
@@ -107,6 +108,29 @@ def test_distractors_are_the_people_with_one_image(embedded: dict[str, np.ndarra
     assert rank1["rates"] == sorted(rank1["rates"], reverse=True) and rank1["rates"][0] > 0.5
     p = rank1["rates"][-1]
     assert rank1["errors"][-1] == pytest.approx((p * (1 - p) / 350) ** 0.5, abs=1e-6)
+
+
+def test_who_of_cfp_is_in_lfw_by_name_and_to_the_network(
+    world: World, embedded: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """45 people of CFP are called as one of LFW. 40 of them look just like their namesake, five like somebody else."""
+    lfw, cfp = world.sets["lfw"], world.sets["cfp"]
+    assert lfw.classes and cfp.classes
+    known = {photographs.same_name(name): label for label, name in enumerate(lfw.classes)}
+    directions = embedded["lfw"] / np.linalg.norm(embedded["lfw"], axis=1, keepdims=True)
+    shared = [name for name in cfp.classes if photographs.same_name(name) in known]
+    for place, name in enumerate(shared):
+        label = known[photographs.same_name(name)]
+        of_whom = label if place < 40 else (label + 1) % len(lfw.classes)
+        embedded["cfp"][cfp.labels == cfp.classes.index(name)] = directions[lfw.labels == of_whom].mean(axis=0)
+    found = done(tmp_path)["values"]
+    assert "cfp people in lfw" not in found["pixels"]
+    groups = found["small"]["cfp people in lfw"]
+    chance = list(groups.pop("chance").values())
+    cosines = {key: runs.numbers(words) / 1e4 for key, words in groups.items()}
+    assert {key: len(x) for key, x in cosines.items()} == {"namesake": 40, "another": 5, "no namesake": 65}
+    assert all((np.diff(x) >= 0).all() for x in cosines.values()) and cosines["namesake"].min() > 0.99
+    assert chance == sorted(chance, reverse=True) and 1 >= chance[0] > chance[-1] >= 0
 
 
 def test_the_pixels_are_less_the_mean_of_celeba(embedded: dict[str, np.ndarray], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ FPRS = (1e-3, 1e-4, 1e-5)
 ROC = tuple(float(f"{x:.2e}") for x in np.logspace(-6, -1, 16))  # three points a decade, as the runs have them
 DISTRACTORS = (10, 30, 100, 300, 1000, 3000)  # as the runs, then all
 PIXELS, SIDE = "pixels", 32  # the floor: no network
+EDGES = tuple(float(edge) for edge in np.arange(30, 95, 5) / 100)  # cosines from which two people are taken for one
 DIGITS = 6
 
 
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_file(out, networks.values())
     lfw, cfp = photographs.files("lfw"), photographs.files("cfp")
     assert lfw.names is not None and cfp.names is not None
-    tests = Tests(lfw.names, np.array(lfw.classes)[lfw.labels], cfp.names)
+    people, cfp_people = (np.array(images.classes)[images.labels] for images in (lfw, cfp))
+    tests = Tests(lfw.names, people, cfp.names, cfp_people)
     from mvrepro import interchange  # which needs torch
 
     values: dict[str, Any] = {}
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             sets.append(interchange.load_embeddings(folder / "embeddings.npy"))
         values[name] = tests.judge(name, *sets)
     if arguments.pixels:
-        values[PIXELS] = tests.judge(PIXELS, *_pixels(), blufr=False)
+        values[PIXELS] = tests.judge(PIXELS, *_pixels(), long=False)
     write_json(out, {"kind": "measured", "values": values})
     for name, found in values.items():
         rates = found["metrics"].items()
@@ -93,12 +95,18 @@ def _pixels() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 class Tests:
     """LFW's and CFP's lists, read once, before anything is embedded.
 
-    names, people (N,) of LFW's images, sorted by name; cfp_names (M,) of CFP's.
+    names, people (N,) of LFW's images, sorted by name; cfp_names, cfp_people (M,) of CFP's.
     """
 
-    def __init__(self, names: NDArray[np.str_], people: NDArray[np.str_], cfp_names: NDArray[np.str_]) -> None:
+    def __init__(
+        self,
+        names: NDArray[np.str_],
+        people: NDArray[np.str_],
+        cfp_names: NDArray[np.str_],
+        cfp_people: NDArray[np.str_],
+    ) -> None:
         lists = photographs.folder("lfw")
-        self.people = people
+        self.people, self.cfp_people = people, cfp_people
         self.lists: dict[str, tuple[Pairs, int]] = {  # and of which of the two sets
             "lfw": (photographs.lfw_pairs(lists / "pairs.txt", names), 0),
             "hard": (photographs.lfw_pairs(lists / "hard_pairs.txt", names), 0),
@@ -107,15 +115,15 @@ class Tests:
         }
         self.trials = protocols.blufr_trials(names.tolist(), lists / "blufr")
 
-    def judge(self, name: str, lfw: ArrayLike, cfp: ArrayLike, *, blufr: bool = True) -> dict[str, Any]:
+    def judge(self, name: str, lfw: ArrayLike, cfp: ArrayLike, *, long: bool = True) -> dict[str, Any]:
         """What these embeddings (N, D) and (M, D) reach: metrics, as the runs' records call them; errors, the standard
         error of each; and what is behind them, for figures.
 
         An accuracy's error is over its folds, rank1's of its probes, a TPR's of people drawn anew, with its threshold
         held fixed. BLUFR's is the standard deviation over its trials, which share people: no standard error.
-        blufr: whether to run it; in thousands of dimensions its ten trials take minutes.
+        long: BLUFR, too, and who of CFP is in LFW; in thousands of dimensions they take minutes.
         """
-        parts = [self._folds, self._pairs, *([self._blufr] if blufr else []), self._rank1]
+        parts = [self._folds, self._pairs, self._rank1, *([self._blufr, self._overlap] if long else [])]
         found: dict[str, Any] = {"dimensions": np.shape(lfw)[1], "metrics": {}, "errors": {}}
         for part in tqdm(parts, f"judging {name}", unit="protocol", leave=False, disable=None):
             metrics, errors, evidence = part((np.asarray(lfw), np.asarray(cfp)))
@@ -169,6 +177,22 @@ class Tests:
         errors = np.sqrt(rates * (1 - rates) / len(probes))
         kept = {"probes": len(probes), "distractors": list(steps), "rates": _rounded(rates), "errors": _rounded(errors)}
         return {"rank1": float(rates[-1])}, {"rank1": float(errors[-1])}, {"rank1": kept}
+
+    def _overlap(self, sets: Sequence[NDArray[Any]]) -> "Judged":
+        """The cosine of each of CFP's people with the person of LFW who is most alike, in 1/10,000, sorted, without
+        names: of those with a person of LFW's name whom they are most alike, of the others with such a name, and of
+        those without; and the share of LFW's own people that look like another one of them, by cosine."""
+        lfw, cfp = sets
+        people, whom, cosines = protocols.nearest_people(cfp, self.cfp_people, lfw, self.people)
+        chance = protocols.nearest_people(lfw, self.people, lfw, self.people)[2][:, 1]  # the first is the same person
+        shared = np.isin(people, sorted(photographs.overlapping(people, self.people)))
+        called = [[photographs.same_name(person) for person in column.tolist()] for column in (people, whom[:, 0])]
+        right = shared & (np.array(called[0]) == np.array(called[1]))
+        groups = {"namesake": right, "another": shared & ~right, "no namesake": ~shared}
+        in_order = {name: np.rint(1e4 * np.sort(cosines[rows, 0])).astype(int) for name, rows in groups.items()}
+        found: dict[str, Any] = {name: " ".join(map(str, each)) for name, each in in_order.items()}
+        found["chance"] = {f"{edge:g}": round(float(np.mean(chance >= edge)), DIGITS) for edge in EDGES}
+        return {}, {}, {"cfp people in lfw": found}
 
 
 Judged = tuple[dict[str, float], dict[str, float], dict[str, Any]]

@@ -159,7 +159,10 @@ def test_train_in_a_process_fails_with_one_message(tmp_path: Path, arguments: li
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "unknown profile 'huge'; params.yaml has: quick, faces, tuning, early, toy, paper"),
+        (
+            ["--profile", "huge"],
+            "unknown profile 'huge'; params.yaml has: quick, faces, cfp, tuning,",
+        ),
         (["--device", "gpu"], "device 'gpu' can't be used: "),
         (["--device", "cuda:99"], "device 'cuda:99' can't be used: "),
         (
@@ -494,7 +497,7 @@ def test_notebooks_of_the_project_are_found_by_number() -> None:
 def test_an_unknown_profile_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, "validate", "--profile", "huge")
     assert said.startswith(
-        "mvrepro validate: profile 'huge' has no stages in dvc.yaml; known are: quick, faces, tuning, early, toy"
+        "mvrepro validate: profile 'huge' has no stages in dvc.yaml; known are: quick, faces, cfp, tuning, early, toy"
     )
 
 

@@ -161,14 +161,14 @@ def test_a_profile_computes_nothing_of_another():
         steps = pipeline.select(profile)
         names = [step.name for step in steps]
         assert "claims" in names and not [name for name in names if other in name or name in pipeline.ASIDE]
-        assert pipeline.profiles(steps) == [profile, *(["tuning", "early"] if profile == "faces" else []), "toy"]
+        assert pipeline.profiles(steps) == [profile, *(["cfp", "tuning", "early"] if profile == "faces" else []), "toy"]
     for name in pipeline.ASIDE:
         assert [step.name for step in pipeline.select(name)] == [name, "claims"]
 
 
 def test_what_a_profile_or_a_notebook_is_called():
     with pytest.raises(
-        UserError, match=r"profile 'quik' has no stages in dvc.yaml; known are: quick, faces, tuning, early, toy"
+        UserError, match=r"profile 'quik' has no stages in dvc.yaml; known are: quick, faces, cfp, tuning, early, toy"
     ):
         pipeline.select("quik")
     with pytest.raises(UserError, match=r"no notebook '07' on quick; known are: 00, 01, 02, 03, 04, 05, 06, 11"):
@@ -181,7 +181,7 @@ def test_what_a_profile_or_a_notebook_is_called():
 def test_a_run_for_every_combination():
     counts = {profile: len(pipeline.runs(profile)) for profile in pipeline.known()}
     fixed = {"quick": 7 * 20 + 4 * 10 + 6 * 3 + 4 * 3 * 3, "early": 13 * 3 + (3 + 3) * 3 + 3 + 2, "toy": 7 * 3 + 3}
-    assert counts == fixed | {"faces": counts["faces"], "tuning": counts["tuning"]}
+    assert counts == fixed | {profile: counts[profile] for profile in ("faces", "cfp", "tuning")}
     for profile in counts:
         steps = pipeline.runs(profile)
         assert len({step.name for step in steps}) == len({step.config for step in steps}) == len(steps)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mvrepro.evidence import claims, runs
-from mvrepro.evidence.stats import Estimate, paired_difference
+from mvrepro.evidence.stats import Estimate, mean_interval, paired_difference
 from mvrepro.losses import LOSSES
 from mvrepro.pages import comparison, plots
 from mvrepro.pages.comparison import AFTER, Pair
@@ -133,6 +133,8 @@ def test_the_words_follow_the_numbers(frame):
     assert fixed.startswith("MV-AM-f gains nothing that matters over AM: +0.10 [") and fixed.endswith("] points")
     assert adaptive.startswith("MV-AM-a is behind AM: -5.00 [")
     assert comparison.weight(found, "MV") == "Of 2 comparisons of MV: 0 ahead, 1 behind, 1 without a gain that matters."
+    names = "ahead: none; behind: MV-AM-a − AM; without a gain that matters: MV-AM-f − AM"
+    assert comparison.in_names(found) == names and comparison.in_names(found[:0]) == ""
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,8 @@ def test_the_tables(frame):
     shown = comparison.as_table(found, "points")
     assert shown["Seeds"][1] == "4 (-5.10, -4.80, -5.20, -4.90)"
     assert shown["points [95 %]"][1].startswith("-5.00 [") and shown["Reading"][1] == comparison.BEHIND
+    own = mean_interval([-5.10, -4.80, -5.20, -4.90])
+    assert shown["Own pairs alone [95 %]"][1] == f"[{own.low:+.2f}, {own.high:+.2f}]"
     columns = comparison.measures(frame.assign(lfw_accuracy=0.9), "rank1", "rank-1 (%)")
     assert list(columns) == ["rank1", "lfw_accuracy"]
     scores = comparison.scores(frame, [("Softmax", ""), AM], {"rank1": "rank-1 (%)"})

@@ -247,6 +247,7 @@ def judge(tmp_path, monkeypatch):
         monkeypatch.setattr(claims, "metric", lambda profile: (METRIC, "a share (%)"))
         return {v.id: v for v in claims.evaluate("made-up", notebook, tmp_path)}
 
+    evaluate.folder = tmp_path
     return evaluate
 
 
@@ -585,9 +586,24 @@ def test_holm_counts_the_whole_family_whichever_notebook_asks(add, judge):
     rows = [greater(), greater("h", notebook="05"), greater("i", family="other"), greater("j", worse="HM-Softmax")]
     family = judge(*rows, notebook="04")
     assert set(family) == {"g", "i", "j"}
-    assert family["g"].numbers["adjusted_p"] == pytest.approx(2 * alone)
+    assert family["g"].numbers["adjusted_p"] == pytest.approx(3 * alone)
     assert family["i"].numbers["adjusted_p"] == pytest.approx(alone)
-    assert family["j"].verdict == claims.NOT_TESTED  # and, untested, is not counted
+    assert family["j"].verdict == claims.NOT_TESTED  # and is counted all the same: others' runs must not move a verdict
+
+
+def test_the_interval_of_a_comparisons_own_pairs_stands_beside_the_pooled_one(add, judge):
+    """Softmax and Arc hardly scatter, AM does: pooled, its interval is narrower than its own pairs allow."""
+    add("Softmax", [0.50, 0.501, 0.499, 0.50])
+    add("Arc-Softmax", [0.50, 0.499, 0.501, 0.502])
+    add("AM-Softmax", [0.55, 0.50, 0.60, 0.53])
+    found = judge(greater())["g"]
+    own = paired_difference([0.55, 0.50, 0.60, 0.53], [0.50, 0.501, 0.499, 0.50])
+    n = found.numbers
+    assert (n["own_low"], n["own_high"]) == pytest.approx((own.low, own.high))
+    assert n["low"] > own.low and n["high"] < own.high
+    assert found.found.endswith(f"; own pairs [{100 * own.low:+.2f}, {100 * own.high:+.2f}]")
+    (alone,) = claims.evaluate("made-up", None, judge.folder, pool=False)
+    assert alone.numbers["low"] == pytest.approx(own.low) and alone.verdict == claims.UNDECIDED
 
 
 def test_holm_can_take_a_verdict_away(add, judge):

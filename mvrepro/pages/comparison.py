@@ -26,7 +26,8 @@ from mvrepro.pages.report import Report
 AFTER = "after AM-Softmax"  # the variant that goes on from a trained AM network
 AHEAD, BEHIND, NO_GAIN = "ahead", "behind", "no gain that matters"
 UNDECIDED, NOT_TESTABLE = "cannot be told apart", "not testable here"
-COLUMNS = ["name", "better", "worse", "over", "mean", "low", "high", "p", "n", "seeds", "visible", "matters", "reading"]
+COLUMNS = ["name", "better", "worse", "over", "mean", "low", "high", "p", "n", "seeds"]
+COLUMNS += ["own_low", "own_high", "visible", "matters", "reading"]
 SAYS = {
     AHEAD: "{} is ahead of {}",
     BEHIND: "{} is behind {}",
@@ -106,10 +107,11 @@ def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.
     """A row for each of the `known` pairs: better − worse as verdicts have it (claims.difference).
 
     name; better, worse: the sides; over: what is drawn anew, "seeds"; mean, low, high: points, with the 95 % interval;
-    p: one-sided, without correction; n; seeds: the single differences; visible: the true difference that a one-sided
+    p: one-sided, without correction; n; seeds: the single differences; own_low, own_high: their own interval, without
+    the noise of other losses; visible: the true difference that a one-sided
     test at the 5 % level sees four times out of five; matters: the least that anybody would mind, NaN where no verdict
     rests on the metric;
-    reading: AHEAD (p < 0.05), BEHIND or NO_GAIN (the interval lies below 0, or below what matters), UNDECIDED, or
+    reading: AHEAD, BEHIND or NO_GAIN (the interval lies above 0, below 0, or below what matters), UNDECIDED, or
     NOT_TESTABLE with the reason, by the gate of claims.toml.
     """
     bounds = {each["column"]: each["matters"] for each in claims.metrics().values() if "matters" in each}
@@ -123,11 +125,18 @@ def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.
         one, other = (runs.by_seed(tested[tested["variant"] == variant], metric, loss) for loss, variant in pair)
         apart, pool = 100 * (one - other).dropna(), claims.common_pool(tested, metric, *pair)
         visible = 100 * pool.detectable(e.n) if pool else detectable_difference(apart)
-        e = replace(e, mean=100 * e.mean, low=100 * e.low, high=100 * e.high)
+        e, own = replace(e, mean=100 * e.mean, low=100 * e.low, high=100 * e.high), mean_interval(apart)
         reason = claims.unlearned(claim, frame)
         reading = f"{NOT_TESTABLE}: {reason}" if reason else _reading(e, matters)
-        about = {"name": pair.name, "better": pair.better, "worse": pair.worse, "over": "seeds", "seeds": list(apart)}
-        rows.append(about | asdict(e) | {"visible": visible, "matters": matters, "reading": reading})
+        about: dict[str, Any] = {
+            "name": pair.name,
+            "better": pair.better,
+            "worse": pair.worse,
+            "over": "seeds",
+            "seeds": list(apart),
+        }
+        about |= {"own_low": own.low, "own_high": own.high, "visible": visible, "matters": matters, "reading": reading}
+        rows.append(about | asdict(e))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -236,6 +245,7 @@ def as_table(found: pd.DataFrame, points: str, anew: pd.DataFrame | None = None)
         "Difference": list(found["name"]),
         "Seeds": [f"{n} ({each})" if each else f"{n}" for n, each in zip(found["n"], single, strict=True)],
         f"{points} [95 %]": [measured(row) for row in found.itertuples()],
+        "Own pairs alone [95 %]": [_ends(row.own_low, row.own_high) for row in found.itertuples()],
         "p (one-sided)": [f"{p:.2g}" for p in found["p"]],
         "Would have been seen": [f"{x:.2f}" for x in found["visible"]],
     }
@@ -268,7 +278,7 @@ def measured(row: Any) -> str:
     """ "+0.37 [-0.41, +1.15]" of a row of `differences`, or of an Estimate in points; "–" of NaN."""
     if np.isnan(row.mean):
         return "–"
-    return _signed(row.mean) + ("" if np.isnan(row.low) else f" [{_signed(row.low)}, {_signed(row.high)}]")
+    return _signed(row.mean) + ("" if np.isnan(row.low) else f" {_ends(row.low, row.high)}")
 
 
 def in_words(found: pd.DataFrame) -> str:
@@ -278,6 +288,14 @@ def in_words(found: pd.DataFrame) -> str:
         says = SAYS[row.reading.partition(":")[0]].format(short(*row.better), short(*row.worse))
         clauses.append(f"{says}: {measured(row)} points")
     return "; ".join(clauses)
+
+
+def in_names(found: pd.DataFrame) -> str:
+    """The rows of `differences` by their readings, without numbers: "ahead: none; behind: MV-AM-a − AM; …" """
+    kinds = found["reading"].str.split(":").str[0]
+    listed = [(each, ", ".join(found["name"][kinds == each])) for each in (AHEAD, BEHIND, *COUNTED)]
+    words = [f"{COUNTED.get(each, each)}: {names or 'none'}" for each, names in listed if names or each == AHEAD]
+    return "; ".join(words) if len(found) else ""
 
 
 def weight(found: pd.DataFrame, what: str) -> str:
@@ -293,7 +311,11 @@ def weight(found: pd.DataFrame, what: str) -> str:
 
 
 def _reading(e: Estimate, matters: float) -> str:
-    return AHEAD if e.p < 0.05 else BEHIND if e.high < 0 else NO_GAIN if e.high < matters else UNDECIDED
+    return AHEAD if e.low > 0 else BEHIND if e.high < 0 else NO_GAIN if e.high < matters else UNDECIDED
+
+
+def _ends(low: float, high: float) -> str:
+    return f"[{_signed(low)}, {_signed(high)}]"
 
 
 def _signed(x: float) -> str:

@@ -167,6 +167,8 @@ def test_what_changed_is_prepared_anew(tmp_path: Path) -> None:
     os.utime(photo, ns=(state.st_atime_ns, state.st_mtime_ns - 10**9))  # as a copy that keeps its time
     assert prepare("largest") == {"known": 2, "aligned": 1}
     assert crop.read_bytes() != before
+    crop.write_bytes(b"")  # as a machine that lost power may leave it
+    assert prepare("largest") == {"known": 2, "aligned": 1} and crop.stat().st_size
     photo.write_bytes(b"junk")
     assert align.prepare(raw, out, pick="largest", detect=face)["passed over"] == 1
     assert not crop.exists()  # it was another photo's

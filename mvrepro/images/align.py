@@ -156,7 +156,8 @@ def prepare(
             try:
                 state = photo.stat()
                 made_from = f"{place}\t{state.st_size}\t{state.st_mtime_ns}\t{pick}"
-                if before[1].get(place) == made_from and place in before[0] and (images / place).is_file():
+                done = before[1].get(place) == made_from and place in before[0] and _has_content(images / place)
+                if done:
                     lines[place] = before[0][place], made_from
                     counts["known"] += 1
                     continue
@@ -213,6 +214,10 @@ def _places(raw: Path, images: Path, passed_over: list[str], unread: list[str]) 
     if not places:
         raise UserError(f"{raw}: no photos there ({', '.join(SUFFIXES)})" + "".join(f"; {x}" for x in passed_over[:1]))
     return places
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _by_place(table: Path) -> dict[str, str]:

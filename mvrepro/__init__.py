@@ -19,7 +19,8 @@ _PUBLIC = {"LOSSES": "losses", "MarginHead": "heads", "ShardedHead": "heads"}
 # Modules of version 0.1, and where what they had is now.
 _TABLE = """
 fused:heads.sweep sharded:heads.sharded backbones:networks backbones_large:networks bridge:interchange
-export:interchange data:images.small faces:images.photographs formats:images align:images.align fetch:images.fetch
+export:interchange data:images.small faces:images.photographs formats:images align:preparation.align
+fetch:preparation.fetch
 train:training scale:training tasks:training.tasks checkpoint:training.checkpoint runs:evidence.runs
 stats:evidence.stats claims:evidence.claims claims_table:evidence.claims published:evidence.published
 compare:evidence.compare values:evidence.compare report:pages.report plots:pages.plots notebook:pages.notebook

@@ -109,6 +109,12 @@ def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
     check_writable(path)
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Raises UserError where what is written to `out` would be among what is read."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} lies in {source}, which is read: choose another place")
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON with a stable layout, so that equal values are equal bytes; NaN and infinity are refused."""
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvrepro.errors import UserError
-from mvrepro.images import align, open_images
+from mvrepro.images import open_images
+from mvrepro.preparation import align
 
 DATA = Path(os.environ.get("MVREPRO_DATA", ""), "raw")
 needs_photos = pytest.mark.skipif(

@@ -175,13 +175,6 @@ def test_digits_are_five_classes_unless_said_otherwise() -> None:
 # Choosing and splitting
 
 
-def test_of_renumbers_in_the_order_that_was_asked_for() -> None:
-    images = people_of(people=5, shots=2)
-    chosen = images.of(np.array([4, 0, 3]))
-    assert chosen.labels.tolist() == [1, 1, 2, 2, 0, 0]  # the images stay in their order, people 0, 3 and 4
-    assert chosen.pixels[:, 0, 0, 0].tolist() == [0, 0, 3, 3, 4, 4]
-
-
 @often
 @given(st.data(), st.integers(4, 30), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_split_people_is_disjoint_complete_and_keeps_images_with_their_person(

@@ -19,7 +19,8 @@ from mvrepro import images
 from mvrepro.__main__ import main
 from mvrepro.commands.data import histogram
 from mvrepro.errors import UserError
-from mvrepro.images import align, fetch, storage
+from mvrepro.images import storage
+from mvrepro.preparation import align, fetch
 
 PEOPLE = {"Ann_Lee": 1, "Bo": 5, "george  BUSH": 2}
 

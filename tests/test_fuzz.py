@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from mvrepro import images, interchange, networks
-from mvrepro.commands import embed, judge
+from mvrepro.commands import data, embed, judge
 from mvrepro.errors import UserError
 from mvrepro.files import read_column
 from mvrepro.heads.margin import MarginHead
@@ -209,7 +209,7 @@ def listed(root: Path, content: bytes, read: Callable[[Path], object]) -> object
 LISTS: dict[str, tuple[Callable[[Path, bytes], object], bytes]] = {
     "column": (lambda root, content: listed(root, content, read_column), "\ufeffAnn\r\nZoë\r\n".encode()),
     "people": (
-        lambda root, content: listed(root, content, photographs.people_of),
+        lambda root, content: listed(root, content, data.people_of),
         "2\n1\nAnn\t3\n1\nZoë\t1\n".encode(),
     ),
     "lfw pairs": (

@@ -352,7 +352,7 @@ def test_the_other_protocols_are_reached(lfw: Path, capsys: pytest.CaptureFixtur
     printed = judged(
         capsys, "megaface", *common, "--distractors", lfw / "d.npy", "--fars", "1e-3", "0.1", "--sizes", "9"
     )
-    points = protocols.tpr_at_far_distractors(x, ids, others, [1e-3, 0.1])
+    points = protocols.megaface(x, ids, others, sizes=[9], fars=[1e-3, 0.1]).points
     assert printed[1:] == [f"tpr@far={p.fpr:g}: {100 * p.tpr:.2f} %" for p in points] and "rank1@9" in printed[0]
     assert "trillion-pairs: " in fails(capsys, "trillion-pairs", *common, "--distractors", lfw / "d.npy")
     for kind, content in (

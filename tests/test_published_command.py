@@ -75,7 +75,7 @@ def test_a_network_is_judged_as_a_run_is(
     assert record["kind"] == "measured" and list(values) == ["other", "small", "pixels"]
     assert values["small"] == values["other"], "the same embeddings"
     lfw = world.sets["lfw"]
-    dev = world.sets["celeba"].where(world.sets["celeba"].sizes() == 2)
+    dev = world.sets["celeba"].only(world.sets["celeba"].sizes() == 2)
     task = tasks.on_lfw(lfw, lfw, dev, {}, published.FPRS, world.folder / "lfw")
     metrics, evidence = task.judge(np.concatenate([embedded["lfw"], RNG.normal(size=(len(dev), 12))]), None)
     found = values["small"]

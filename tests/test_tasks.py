@@ -246,7 +246,7 @@ def test_the_seed_draws_who_else_is_removed_and_nothing_more(small: World, name:
 
 
 def test_where_nobody_overlaps_nobody_is_removed(small: World) -> None:
-    stranger = small.sets["cfp"].where(np.char.startswith(small.sets["cfp"].people, "Q"))
+    stranger = small.sets["cfp"].only(np.char.startswith(small.sets["cfp"].people, "Q"))
     for remove in ("overlap", "others"):
         clean, sizes = tasks._remove(stranger, small.sets["lfw"], remove, 0)
         assert clean.names.tolist() == stranger.names.tolist()

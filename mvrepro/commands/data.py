@@ -13,9 +13,11 @@ from tqdm import tqdm
 from mvrepro import images, protocols
 from mvrepro.commands.embed import read_about
 from mvrepro.errors import UserError
-from mvrepro.files import check_file, read_column, read_lines, write_atomic
-from mvrepro.images import align, fetch, photographs
-from mvrepro.images.storage import check_apart
+from mvrepro.files import check_apart, check_file, check_once, is_number, read_column, read_lines, write_atomic
+from mvrepro.images import photographs
+from mvrepro.images.folders import people_in
+from mvrepro.images.storage import is_text
+from mvrepro.preparation import align, fetch
 
 BAR = 40  # characters of the histogram's longest bar
 FETCH = """example:
@@ -173,7 +175,7 @@ def _overlap(arguments: argparse.Namespace) -> int:
     outs = [out, out.with_name(f"{out.name}.tsv")] if (out := arguments.out) else []  # the names, their cosines
     for each in outs:
         check_file(each, (arguments.names, arguments.others, *(arguments.embeddings or ())))
-    names, others = (_people(path) for path in (arguments.names, arguments.others))
+    names, others = (people_of(path) for path in (arguments.names, arguments.others))
     shared = photographs.overlapping(names, others)
     alike, chance = _alike(names, others, *arguments.embeddings) if arguments.embeddings else ({}, None)
     print(f"{len(shared):,} of the {len(names):,} names in {arguments.names} are also among the {len(others):,} "
@@ -202,15 +204,26 @@ def _overlap(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _people(path: Path, *, empty: bool = False) -> list[str]:
-    """photographs.people_of; and those of a set with classes.txt. Raises UserError for a folder whose people are in
-    its folder `images`."""
-    if path.is_dir() and not (path / "ids.txt").is_file():
-        if (path / "classes.txt").is_file():
-            return list(dict.fromkeys(read_column(path / "classes.txt")))
-        if (path / "images").is_dir():
-            raise UserError(f"{path}: its folders are no people, for one is called images: name {path / 'images'}")
-    return photographs.people_of(path, empty=empty)
+def people_of(path: Path, *, empty: bool = False) -> list[str]:
+    """The people that a folder has folders of, or that a list names, each once: a name a line, or, as LFW's people.txt
+    has it, "name<tab>number of images", between lines that only count; or of the ids.txt that `embed` wrote into a
+    folder, or the classes.txt of a set. An empty list is an error unless `empty`, and so is a folder whose people are
+    in its folder `images`."""
+    for listed in ("ids.txt", "classes.txt"):
+        if (path / listed).is_file():
+            return list(dict.fromkeys(read_column(path / listed)))
+    if (path / "images").is_dir():
+        raise UserError(f"{path}: its folders are no people, for one is called images: name {path / 'images'}")
+    if path.is_dir():
+        for name in (people := people_in(path)):
+            if not is_text(name):
+                raise UserError(f"{path}: {name!r} is no name in UTF-8: rename that folder")
+        return people
+    lines = read_lines(path, empty=empty)
+    if any("\t" in line for _, line in lines):
+        lines = [(number, line.split("\t")[0].strip()) for number, line in lines if not is_number(line)]
+    check_once(path, ((number, photographs.same_name(name)) for number, name in lines))
+    return [name for _, name in lines]
 
 
 def _none_found(ours: Path, names: list[str], theirs: Path, others: list[str]) -> str:
@@ -305,7 +318,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"{arguments.set}: its classes have no names (no classes.txt), so none can be left out by name"
             )
-        listed = _people(arguments.without, empty=True)
+        listed = people_of(arguments.without, empty=True)
         removed = photographs.overlapping(source.classes, listed)
         numbers = [number for number, name in enumerate(source.classes) if name in removed]
         source = source.without(np.array(numbers, np.int64)).renumbered()

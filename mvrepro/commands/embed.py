@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import TEMPORARY, read_json, unseen, write_atomic, write_json
+from mvrepro.files import TEMPORARY, check_apart, read_json, unseen, write_atomic, write_json
 from mvrepro.images import (
     Encoded,
     Files,
@@ -29,7 +29,7 @@ from mvrepro.images import (
     small,
 )
 from mvrepro.images.folders import HIDDEN, images_in
-from mvrepro.images.storage import alike, alone, check_apart, is_text
+from mvrepro.images.storage import alike, alone, is_text
 
 MOST_THREADS = 1024
 STATE = "files and people"  # of the set, in about.json

@@ -158,12 +158,9 @@ def _megaface(
     embeddings: Any, ids: Any, distractors: Any, sizes: list[int] | None = None, fars: tuple[float, ...] = (1e-6,)
 ) -> Metrics:
     """MegaFace challenge 1: rank 1, and TPR at each of --fars."""
-    found = protocols.megaface(embeddings, ids, distractors, sizes=sizes or [len(distractors)], far=fars[0])
-    points = [found.verification]
-    if fars[1:]:
-        points += protocols.tpr_at_far_distractors(embeddings, ids, distractors, fars[1:])
+    found = protocols.megaface(embeddings, ids, distractors, sizes=sizes or [len(distractors)], fars=fars)
     rates = {f"rank1@{size}": float(rate) for size, rate in zip(found.sizes, found.rank1, strict=True)}
-    return rates | {f"tpr@far={point.fpr:g}": point.tpr for point in points}
+    return rates | {f"tpr@far={point.fpr:g}": point.tpr for point in found.points}
 
 
 def _trillion_pairs(embeddings: Any, ids: Any, distractors: Any) -> Metrics:

@@ -13,7 +13,7 @@ from mvrepro import protocols
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
 from mvrepro.files import LOCAL, RESULTS, check_file, display, write_json
-from mvrepro.images import Pairs, photographs
+from mvrepro.images import Images, Pairs, photographs
 from mvrepro.protocols.folds import CONVENTIONS
 
 NOTE = """Needs MVREPRO_DATA with lfw/ and cfp/ (and celeba/, for the pixels), and pip install "mvrepro[onnx]". Each
@@ -48,10 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{missing[0]}: no such file")
     out = arguments.out.absolute()
     check_file(out, networks.values())
-    lfw, cfp = photographs.files("lfw"), photographs.files("cfp")
-    assert lfw.names is not None and cfp.names is not None
-    people, cfp_people = (np.array(images.classes)[images.labels] for images in (lfw, cfp))
-    tests = Tests(lfw.names, people, cfp.names, cfp_people)
+    tests = Tests(photographs.files("lfw"), photographs.files("cfp"))
     from mvrepro import interchange  # which needs torch
 
     values: dict[str, Any] = {}
@@ -92,21 +89,16 @@ def _pixels() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return lfw, cfp
 
 
+Judged = tuple[dict[str, float], dict[str, float], dict[str, Any]]
+
+
 class Tests:
-    """LFW's and CFP's lists, read once, before anything is embedded.
+    """LFW's and CFP's lists, read once, before anything is embedded."""
 
-    names, people (N,) of LFW's images, sorted by name; cfp_names, cfp_people (M,) of CFP's.
-    """
-
-    def __init__(
-        self,
-        names: NDArray[np.str_],
-        people: NDArray[np.str_],
-        cfp_names: NDArray[np.str_],
-        cfp_people: NDArray[np.str_],
-    ) -> None:
-        lists = photographs.folder("lfw")
-        self.people, self.cfp_people = people, cfp_people
+    def __init__(self, lfw: Images, cfp: Images) -> None:
+        names, cfp_names, lists = lfw.names, cfp.names, photographs.folder("lfw")
+        assert names is not None and cfp_names is not None
+        self.people, self.cfp_people = (np.array(images.classes)[images.labels] for images in (lfw, cfp))
         self.lists: dict[str, tuple[Pairs, int]] = {  # and of which of the two sets
             "lfw": (photographs.lfw_pairs(lists / "pairs.txt", names), 0),
             "hard": (photographs.lfw_pairs(lists / "hard_pairs.txt", names), 0),
@@ -132,7 +124,7 @@ class Tests:
             found |= evidence
         return found
 
-    def _folds(self, sets: Sequence[NDArray[Any]]) -> "Judged":
+    def _folds(self, sets: Sequence[NDArray[Any]]) -> Judged:
         metrics, errors, evidence = {}, {}, {}
         for name, (pairs, which) in self.lists.items():
             scores = protocols.pair_cosines(sets[which], pairs.left, pairs.right)
@@ -143,7 +135,7 @@ class Tests:
             evidence[name] |= {rule: round(found.mean, DIGITS) for rule, found in by.items()}
         return metrics, errors, {"folds": evidence}
 
-    def _pairs(self, sets: Sequence[NDArray[Any]]) -> "Judged":
+    def _pairs(self, sets: Sequence[NDArray[Any]]) -> Judged:
         found = protocols.every_pair(sets[0], self.people, (*FPRS, *ROC))
         _, place = np.unique(found.genuine_ids, return_inverse=True)
         owned, metrics, errors = np.bincount(place), {}, {}
@@ -154,7 +146,7 @@ class Tests:
         curve = {"fpr": list(ROC), "tpr": _rounded([p.tpr for p in found.points[len(FPRS) :]])}
         return metrics, errors, {"roc": curve}
 
-    def _blufr(self, sets: Sequence[NDArray[Any]]) -> "Judged":
+    def _blufr(self, sets: Sequence[NDArray[Any]]) -> Judged:
         found = protocols.blufr(sets[0], self.trials)
         rates = {"vr": found.vr, "dir": found.dir, "strict dir": found.strict_dir}
         metrics = {"blufr_vr@far=0.001": found.summary("vr"), "blufr_dir@far=0.01": found.summary("dir")}
@@ -162,7 +154,7 @@ class Tests:
         errors = {key: float(each.std(ddof=1)) for key, each in zip(metrics, rates.values(), strict=True)}
         return metrics, errors, {"blufr": {name: _rounded(each) for name, each in rates.items()}}
 
-    def _rank1(self, sets: Sequence[NDArray[Any]]) -> "Judged":
+    def _rank1(self, sets: Sequence[NDArray[Any]]) -> Judged:
         """The second image of a person against the first, among people with one image: strangers drawn once."""
         lfw = sets[0]
         first, counts = np.unique(self.people, return_index=True, return_counts=True)[1:]
@@ -178,7 +170,7 @@ class Tests:
         kept = {"probes": len(probes), "distractors": list(steps), "rates": _rounded(rates), "errors": _rounded(errors)}
         return {"rank1": float(rates[-1])}, {"rank1": float(errors[-1])}, {"rank1": kept}
 
-    def _overlap(self, sets: Sequence[NDArray[Any]]) -> "Judged":
+    def _overlap(self, sets: Sequence[NDArray[Any]]) -> Judged:
         """The cosine of each of CFP's people with the person of LFW who is most alike, in 1/10,000, sorted, without
         names: of those with a person of LFW's name whom they are most alike, of the others with such a name, and of
         those without; and the share of LFW's own people that look like another one of them, by cosine."""
@@ -193,9 +185,6 @@ class Tests:
         found: dict[str, Any] = {name: " ".join(map(str, each)) for name, each in in_order.items()}
         found["chance"] = {f"{edge:g}": round(float(np.mean(chance >= edge)), DIGITS) for edge in EDGES}
         return {}, {}, {"cfp people in lfw": found}
-
-
-Judged = tuple[dict[str, float], dict[str, float], dict[str, Any]]
 
 
 def error_over_people(accepted: NDArray[Any], owned: NDArray[Any]) -> float:

@@ -10,7 +10,7 @@ from mvrepro.errors import UserError
 from mvrepro.files import TEMPORARY, read_json
 from mvrepro.pipeline import Step
 
-MOST_JOBS = 1024
+JOBS_LIMIT = 1024
 SAFETY = 1.5  # other processors have other last bits than those tried
 
 
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check_jobs(jobs: int | None) -> None:
     """Raises UserError for a number of processes that nobody means."""
-    if jobs is not None and not 1 <= jobs <= MOST_JOBS:
-        raise UserError(f"--jobs must be in 1 … {MOST_JOBS}, got {jobs}")
+    if jobs is not None and not 1 <= jobs <= JOBS_LIMIT:
+        raise UserError(f"--jobs must be in 1 … {JOBS_LIMIT}, got {jobs}")
 
 
 def part(steps: list[Step], words: str) -> list[Step]:

@@ -10,8 +10,7 @@ from typing import Any, get_origin
 
 from mvrepro import determinism
 from mvrepro.errors import UserError
-from mvrepro.files import PARAMS, ROOT, check_file, display, read_yaml
-from mvrepro.images.storage import check_apart
+from mvrepro.files import PARAMS, ROOT, check_apart, check_file, display, read_yaml
 from mvrepro.training.config import TrainConfig, check, from_settings, kind
 
 RANKS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them, and what a lone process is

@@ -35,7 +35,7 @@ import pandas as pd
 
 from mvrepro.errors import UserError
 from mvrepro.evidence import runs
-from mvrepro.evidence.stats import Estimate, TwoWay, holm, paired_difference
+from mvrepro.evidence.stats import Estimate, TwoWay, holm, mean_interval
 from mvrepro.files import RESULTS, ROOT, display, read_json, read_toml
 from mvrepro.losses import LOSSES
 
@@ -157,7 +157,7 @@ def difference(frame: pd.DataFrame, column: str, better: str, worse: str, **clai
     if claim.get("pool", True) and (pool := common_pool(frame, column, *sides)):
         one, other = (f"{loss}|{variant}" for loss, variant in sides)
         return pool.difference(one, other)
-    return paired_difference(first[seeds], second[seeds])
+    return mean_interval(first[seeds] - second[seeds])
 
 
 def common_pool(frame: pd.DataFrame, column: str, *sides: tuple[str, str]) -> TwoWay | None:
@@ -300,14 +300,9 @@ def best_t(frame: pd.DataFrame, metric: str, losses: list[str]) -> float | None:
     return float(means.idxmax()) if len(means) > 1 else None
 
 
-def profiles() -> list[str]:
-    """The profiles that claims are judged on: those with a metric, in the order of claims.toml, and with runs."""
-    return [name for name in metrics() if (RESULTS / "runs" / name).is_dir()]
-
-
 def outdated() -> dict[Path, str]:
     """results/claims.json and README.md, where they are missing or hold something else, with the right text."""
-    verdicts = {profile: evaluate(profile) for profile in profiles()}
+    verdicts = {name: evaluate(name) for name in metrics() if (RESULTS / "runs" / name).is_dir()}
     rows = [asdict(v) for profile in verdicts for v in verdicts[profile]]
     texts = {
         RESULTS / "claims.json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n",

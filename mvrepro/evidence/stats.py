@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
+CONFIDENCE = 0.95  # of every interval, two-sided
+POWER, LEVEL = 0.8, 0.05  # of the one-sided tests whose reach is told
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -19,30 +22,21 @@ class Estimate:
     p: float = float("nan")
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """The mean of n values with Student's t interval (n − 1 degrees of freedom); NaN ends for n < 2."""
+def mean_interval(values: ArrayLike) -> Estimate:
+    """The mean of n values with Student's 95 % interval (n − 1 degrees of freedom); NaN ends for n < 2."""
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
         raise ValueError(f"values must be finite numbers (n,), one at least, got shape {x.shape}")
     if len(x) < 2:
         return Estimate(float(x.mean()), float("nan"), float("nan"), len(x))
-    return _student(float(x.mean()), float(stats.sem(x)), len(x) - 1, len(x), confidence)
+    return _student(float(x.mean()), float(stats.sem(x)), len(x) - 1, len(x))
 
 
-def _student(mean: float, error: float, freedom: int, n: int, confidence: float) -> Estimate:
+def _student(mean: float, error: float, freedom: int, n: int) -> Estimate:
     """A mean whose standard error has so many degrees of freedom; of an error of 0, p says where the mean lies."""
-    half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * error
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
     p = float(stats.t.sf(mean / error, freedom)) if error > 0 else float(mean <= 0)
     return Estimate(mean, mean - half, mean + half, n, p if freedom else float("nan"))
-
-
-def paired_difference(better: ArrayLike, worse: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Mean of better − worse over pairs (the same seed: the same people, weights and batches), with its
-    interval and the one-sided p of the paired t-test against "not above 0"."""
-    a, b = np.asarray(better, dtype=np.float64), np.asarray(worse, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"pairs must match one to one, got {a.shape} and {b.shape}")
-    return mean_interval(a - b, confidence)
 
 
 class TwoWay:
@@ -69,7 +63,7 @@ class TwoWay:
         rest = float(((values - design @ self.effects) ** 2).sum())
         self.spread = round(float(np.sqrt(rest / self.freedom)), 12) if self.freedom else float("nan")
 
-    def difference(self, better: str, worse: str, confidence: float = 0.95) -> Estimate:
+    def difference(self, better: str, worse: str) -> Estimate:
         """better − worse, with the pooled spread; n: the runs of the one that has fewer. NaN ends where no run is left
         to tell the spread from."""
         a, b = self.place[better], self.place[worse]
@@ -77,22 +71,14 @@ class TwoWay:
         contrast[a], contrast[b] = 1, -1
         mean, n = round(float(contrast @ self.effects), 12) + 0.0, int(min(self.runs[a], self.runs[b]))
         error = self.spread * float(np.sqrt(contrast @ self.inverse @ contrast))
-        return _student(mean, error, self.freedom, n, confidence)
+        return _student(mean, error, self.freedom, n)
 
-    def detectable(self, runs: int, power: float = 0.8, level: float = 0.05) -> float:
-        """The true difference that a one-sided test on so many seeds of each treatment sees with this power."""
-        return _detectable(self.freedom, power, level) * self.spread * float(np.sqrt(2 / runs))
+    def detectable(self, runs: int) -> float:
+        """The true difference that a one-sided test on so many seeds of each treatment sees, with POWER at LEVEL."""
+        return _detectable(self.freedom) * self.spread * float(np.sqrt(2 / runs))
 
 
-def bootstrap_people(
-    differences: ArrayLike,
-    left: ArrayLike,
-    right: ArrayLike,
-    *,
-    draws: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
+def bootstrap_people(differences: ArrayLike, left: ArrayLike, right: ArrayLike, *, draws: int = 2000) -> Estimate:
     """Percentile interval of a mean difference over pairs of images, where people and seeds are drawn anew.
 
     differences (S, P): for S seeds and P pairs, such as "right with loss A" minus "right with loss B".
@@ -107,7 +93,7 @@ def bootstrap_people(
     if d.shape[1:] != a.shape or a.shape != b.shape or not d.size:
         raise ValueError(f"differences must be (S, P), left and right (P,), got {d.shape}, {a.shape}, {b.shape}")
     sides = [(a == b) == kind for kind in (True, False) if ((a == b) == kind).any()]
-    rng, people = np.random.default_rng(seed), int(max(a.max(), b.max())) + 1
+    rng, people = np.random.default_rng(0), int(max(a.max(), b.max())) + 1
     found = np.empty(draws)
     for i in range(draws):
         weights = np.zeros(len(a))
@@ -116,7 +102,7 @@ def bootstrap_people(
             weights = np.where(a == b, counts[a], counts[a] * counts[b])
         drawn = d[rng.integers(len(d), size=len(d))].mean(axis=0)
         found[i] = np.mean([np.average(drawn[side], weights=weights[side]) for side in sides])
-    low, high = np.quantile(found, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(found, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
     mean = float(np.mean([d[:, side].mean() for side in sides]))
     return Estimate(mean, float(low), float(high), people, float(np.mean(found <= 0)))
 
@@ -128,17 +114,17 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def detectable_difference(differences: ArrayLike, power: float = 0.8, level: float = 0.05) -> float:
-    """The true difference that a one-sided paired t-test on as many pairs sees with this power, where the
+def detectable_difference(differences: ArrayLike) -> float:
+    """The true difference that a one-sided paired t-test on as many pairs sees, with POWER at LEVEL, where the
     differences spread as they do here (n >= 2): from the noncentral t distribution."""
     x = np.asarray(differences, dtype=np.float64)
     n = len(x)
     if n < 2:
         raise ValueError("two differences at least are needed to know their spread")
-    return _detectable(n - 1, power, level) * float(x.std(ddof=1) / np.sqrt(n))
+    return _detectable(n - 1) * float(x.std(ddof=1) / np.sqrt(n))
 
 
-def _detectable(freedom: int, power: float, level: float) -> float:
-    """The true value, in standard errors, that a one-sided t-test sees with this power."""
-    critical = stats.t.ppf(1 - level, freedom)
-    return float(optimize.brentq(lambda d: stats.nct.sf(critical, freedom, d) - power, 0, 10 * critical + 10))
+def _detectable(freedom: int) -> float:
+    """The true value, in standard errors, that a one-sided t-test sees."""
+    critical = stats.t.ppf(1 - LEVEL, freedom)
+    return float(optimize.brentq(lambda d: stats.nct.sf(critical, freedom, d) - POWER, 0, 10 * critical + 10))

@@ -13,8 +13,6 @@ from mvrepro.heads.sweep import KEEP, PRODUCTS, SGD, fused_losses, pick
 from mvrepro.losses import DEFAULT_MARGIN, LOSSES, emphasise, indicator, margin, mine, normalise
 
 BACKENDS = ("dense", "fused", "auto")
-# What a training's config calls as MarginHead does.
-SETTINGS = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
 MOST_MARGIN = {"AM": 2.0, "Arc": math.pi}  # as far apart as two cosines, and two angles, can be
 WATCHED = ("marked_share", "target_cosine", "negative_cosine")  # what MarginHead.watch tells
 
@@ -119,7 +117,8 @@ class MarginHead(nn.Module):
         backend, keep = self.pick(len(embeddings))
         if backend == "dense":
             labels = labels.to(embeddings.device, non_blocking=True)
-            return F.cross_entropy(self._logits(embeddings, labels), labels, reduction="none")
+            logits = self._logits(self.cosines(embeddings), labels, self.loss.h)
+            return F.cross_entropy(logits, labels, reduction="none")
         update = self._update if self.sgd else None
         how = {"keep": keep, "products": self.products, "update": update}
         losses: Tensor = fused_losses(embeddings, self.weight, labels, self._rule(), **how)
@@ -128,12 +127,9 @@ class MarginHead(nn.Module):
     def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """(B, K): s times the cosines, after the margin at k = y and the emphasis at marked k."""
         self._check_inputs(embeddings, labels)
-        return self._logits(embeddings, labels.to(embeddings.device))
+        return self._logits(self.cosines(embeddings), labels.to(embeddings.device), self.loss.h)
 
-    def _logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return self._logits_of(self.cosines(embeddings), labels, self.loss.h)
-
-    def _logits_of(self, cos: Tensor, labels: Tensor, h: str | None) -> Tensor:
+    def _logits(self, cos: Tensor, labels: Tensor, h: str | None) -> Tensor:
         target = cos.gather(1, labels[:, None])
         f = self.margin(target)
         if h:
@@ -175,7 +171,7 @@ class MarginHead(nn.Module):
         for h, g in ((self.loss.h, self.loss.g), (None, None)):
             with torch.enable_grad():
                 x = cos.clone().requires_grad_()
-                losses = F.cross_entropy(self._logits_of(x, labels, h), labels, reduction="none")
+                losses = F.cross_entropy(self._logits(x, labels, h), labels, reduction="none")
                 grads += torch.autograd.grad(mine(g, losses, self.gamma, self.hard_ratio), x)
             found.setdefault("median_p_y", (-losses.detach()).exp().median().item())
         found["gradient_distance"] = ((grads[0] - grads[1]).norm() / grads[1].norm().clamp(min=1e-30)).item()

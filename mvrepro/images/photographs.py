@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from mvrepro.errors import UserError
 from mvrepro.files import check_once, is_number, read_column, read_lines
-from mvrepro.images.folders import Files, people_in
+from mvrepro.images.folders import Files
 from mvrepro.images.pairs import Pairs
 from mvrepro.images.source import SUFFIXES, Pixels
-from mvrepro.images.storage import is_text, kept_array
+from mvrepro.images.storage import kept_array
 
 SIDE = 112  # of the aligned crops
 SOURCES = {
@@ -151,24 +151,6 @@ def made_smaller(name: str, paths: Sequence[Path], faces: Iterable[NDArray[np.ui
         return np.stack(small).transpose(0, 3, 1, 2)
 
     return np.array(kept_array(f"faces/{name}-{size}", paths, build), order="C")
-
-
-def people_of(path: Path, *, empty: bool = False) -> list[str]:
-    """The people that a folder has folders of, or that a list names, each once: a name a line, or, as LFW's people.txt
-    has it, "name<tab>number of images", between lines that only count; or of the ids.txt that `embed` wrote into a
-    folder. An empty list is an error unless `empty`."""
-    if (path / "ids.txt").is_file():
-        return list(dict.fromkeys(read_column(path / "ids.txt")))
-    if path.is_dir():
-        for name in (people := people_in(path)):
-            if not is_text(name):
-                raise UserError(f"{path}: {name!r} is no name in UTF-8: rename that folder")
-        return people
-    lines = read_lines(path, empty=empty)
-    if any("\t" in line for _, line in lines):
-        lines = [(number, line.split("\t")[0].strip()) for number, line in lines if not is_number(line)]
-    check_once(path, ((number, same_name(name)) for number, name in lines))
-    return [name for _, name in lines]
 
 
 # Names in CFP that are people of LFW spelt otherwise, found by looking at near names one by one.

@@ -66,7 +66,7 @@ def digits(classes: int = 5) -> Pixels:
         raise UserError(f"the digits come with the package scikit-learn ({error}): {INSTALL}") from None
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    return Pixels(pixels[:, None], bunch.target.astype(np.int64)).of(np.arange(classes))
+    return Pixels(pixels[:, None], bunch.target.astype(np.int64)).only(bunch.target < classes)
 
 
 def split_people(images: Pixels, train_people: int, seed: int) -> tuple[Pixels, Pixels]:
@@ -75,7 +75,8 @@ def split_people(images: Pixels, train_people: int, seed: int) -> tuple[Pixels, 
     if not 2 <= train_people <= people - 2:
         raise UserError(f"train_people must be in 2 … {people - 2} for {people} people, got {train_people}")
     order = np.random.default_rng(seed).permutation(people)
-    return images.of(np.sort(order[:train_people])), images.of(np.sort(order[train_people:]))
+    inside = np.isin(images.labels, order[:train_people])
+    return images.only(inside), images.only(~inside)
 
 
 def split_images(images: Pixels, test_share: float, seed: int) -> tuple[Pixels, Pixels]:

@@ -75,25 +75,18 @@ class Pixels:
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         return self.pixels[rows]
 
-    def of(self, chosen: NDArray[np.int64]) -> "Pixels":
-        """The images of the chosen ids only, renumbered in the order of `chosen`."""
-        return self._some(np.isin(self.labels, chosen), chosen)
-
-    def where(self, keep: NDArray[np.bool_]) -> "Pixels":
+    def only(self, keep: NDArray[np.bool_]) -> "Pixels":
         """The images for which keep (N,) is True, ids renumbered in their order."""
-        return self._some(keep, np.unique(self.labels[keep]))
+        ids, labels = np.unique(self.labels[keep], return_inverse=True)
+        classes = None if self.classes is None else [self.classes[i] for i in ids.tolist()]
+        names = None if self.names is None else self.names[keep]
+        return Pixels(self.pixels[keep], labels.astype(np.int64), classes, names)
 
     def joined(self, other: "Pixels") -> "Pixels":
         """The images of both, by their people: who has one name is one person."""
         pixels, people = np.concatenate([self.pixels, other.pixels]), np.concatenate([self.people, other.people])
         names = None if self.names is None or other.names is None else np.concatenate([self.names, other.names])
         return Pixels.of_people(pixels, people, names)
-
-    def _some(self, keep: NDArray[np.bool_], chosen: NDArray[np.int64]) -> "Pixels":
-        order = np.argsort(chosen)
-        labels = order[np.searchsorted(chosen, self.labels[keep], sorter=order)].astype(np.int64)
-        classes = None if self.classes is None else [self.classes[i] for i in chosen.tolist()]
-        return Pixels(self.pixels[keep], labels, classes, None if self.names is None else self.names[keep])
 
 
 class Encoded(ABC):

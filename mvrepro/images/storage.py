@@ -173,12 +173,6 @@ def alike(names: Sequence[str]) -> tuple[int, int, str] | None:
     return None
 
 
-def check_apart(out: Path, source: Path) -> None:
-    """Raises UserError where what is written to `out` would be among what is read."""
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{out} lies in {source}, which is read: choose another place")
-
-
 def is_text(name: str) -> bool:
     """No control characters, and no bytes that aren't UTF-8, for which names of files have surrogates."""
     return not any(unicodedata.category(character) in ("Cc", "Cs") for character in name)

@@ -128,13 +128,7 @@ def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.
         e, own = replace(e, mean=100 * e.mean, low=100 * e.low, high=100 * e.high), mean_interval(apart)
         reason = claims.unlearned(claim, frame)
         reading = f"{NOT_TESTABLE}: {reason}" if reason else _reading(e, matters)
-        about: dict[str, Any] = {
-            "name": pair.name,
-            "better": pair.better,
-            "worse": pair.worse,
-            "over": "seeds",
-            "seeds": list(apart),
-        }
+        about: dict[str, Any] = {"name": pair.name, **pair._asdict(), "over": "seeds", "seeds": list(apart)}
         about |= {"own_low": own.low, "own_high": own.high, "visible": visible, "matters": matters, "reading": reading}
         rows.append(about | asdict(e))
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -12,7 +12,6 @@ from mvrepro.protocols.identification import (
     megaface,
     nearest_people,
     rank1_by_person,
-    tpr_at_far_distractors,
     trillion_pairs,
 )
 from mvrepro.protocols.open_set import Blufr, BlufrTrials, blufr, blufr_trials
@@ -32,5 +31,5 @@ __all__ = [
     "AllPairs", "Blufr", "BlufrTrials", "Identification", "KFold", "MegaFace", "Operating", "TrillionPairs",
     "all_pairs", "blufr", "blufr_trials", "check_fprs", "every_pair", "identify", "impostor_pairs",
     "kfold_accuracy", "megaface", "nearest_people", "pair_cosines", "pair_scores", "rank1_by_person",
-    "tpr_at_far_distractors", "tpr_at_fpr", "trillion_pairs",
+    "tpr_at_fpr", "trillion_pairs",
 ]  # fmt: skip

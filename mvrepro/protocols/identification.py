@@ -41,12 +41,11 @@ class Identification:
 
 @dataclass(frozen=True)
 class MegaFace:
-    """rank1 (S,) float64 by number of distractors; verification at the FAR, all distractors; pairs: (probe, mate)."""
+    """rank1 (S,) float64 by number of distractors; points: verification at each FAR, all distractors."""
 
     sizes: tuple[int, ...]
     rank1: NDArray[np.float64]
-    verification: Operating
-    pairs: int
+    points: list[Operating]
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,6 @@ def identify(
     return Identification(tuple(sizes), tuple(ranks), np.array(rates), best.within(probe, score, ranks[0]))
 
 
-def tpr_at_far_distractors(
-    probes: ArrayLike, probe_ids: ArrayLike, distractors: Floats, fars: Sequence[float] = (1e-6,), *, chunk: int = 1024
-) -> list[Operating]:
-    """Verification in MegaFace's way: tpr_at_fpr with few genuine pairs and very many impostor pairs.
-
-    probes (P, D), probe_ids (P,), distractors (N, D). Genuine are the unordered pairs of probes of the
-    same person, impostor the P·N pairs of a probe and a distractor, of which only the largest that matter
-    are held. Raises ValueError as tpr_at_fpr does: a FAR under 1/(P·N) can't be shown.
-    """
-    return _with_distractors(probes, probe_ids, distractors, (), fars, chunk).points
-
-
 def megaface(
     probes: ArrayLike,
     probe_ids: ArrayLike,
@@ -130,24 +117,26 @@ def megaface(
     sizes: Sequence[int],
     probe_noise: Sequence[int] = (),
     distractor_noise: Sequence[int] = (),
-    far: float = 1e-6,
+    fars: Sequence[float] = (1e-6,),
     chunk: int = 1024,
 ) -> MegaFace:
-    """MegaFace challenge 1 (Kemelmacher-Shlizerman et al. 2016): rank-1 by number of distractors, and TPR at the FAR.
+    """MegaFace challenge 1 (Kemelmacher-Shlizerman et al. 2016): rank-1 by number of distractors, and TPR at the FARs.
 
     probes (P, D), probe_ids (P,): FaceScrub; distractors (N, D). The noise lists are row numbers, taken
     out first: with the published lists of wrong labels this is "R", refined. sizes count what remains, in
     its order. Rank 1 is that of identify(among="distractors") over the pairs (probe, other probe of the
-    same person), both ways round; verification that of tpr_at_far_distractors with all that remain. Both
-    come from one pass. A probe that is alone in its person only adds impostor pairs. ValueError as those two.
+    same person), both ways round. Verification is that of tpr_at_fpr, with all that remain: genuine are the unordered
+    pairs of probes of the same person, impostor the P·N pairs of a probe and a distractor, of which only the largest
+    that matter are held. Both come from one pass. A probe that is alone in its person only adds impostor pairs.
+    ValueError as those two; a FAR under 1/(P·N) can't be shown.
     """
     x, who = rows_and_ids(probes, probe_ids)
     good = _without("probe_noise", probe_noise, len(x))
     kept = _without("distractor_noise", distractor_noise, len(distractors))
     _check_sizes(sizes, len(kept))
-    found = _with_distractors(x[good], who[good], distractors, sizes, [far], chunk, kept)
+    found = _with_distractors(x[good], who[good], distractors, sizes, fars, chunk, kept)
     rank1 = [found.share_found(best) for best in found.best[: len(sizes)]]
-    return MegaFace(tuple(sizes), np.array(rank1), found.points[0], 2 * len(found.score))
+    return MegaFace(tuple(sizes), np.array(rank1), found.points)
 
 
 def trillion_pairs(
@@ -166,7 +155,7 @@ def trillion_pairs(
     - identification: over the pairs (probe, other probe of the same person), both ways round, the share
       whose score is above that of every distractor with the probe and is accepted, at the threshold where
       at most floor(FAR · P) of the probes have a distractor that is accepted.
-    - verification: tpr_at_far_distractors.
+    - verification: that of megaface.
     ValueError as tpr_at_fpr, for a FAR under 1/P and under 1/(P·N) too.
     """
     check_fprs(len(np.asarray(probes)), [far_identification])

@@ -162,9 +162,7 @@ def read_backbone(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     if fault := _fault(path):
         raise UserError(f"{path} is not a readable checkpoint: {fault}")
     manifest = read_json(path / "manifest.json")
-    if not isinstance(built := manifest.get("built", {}), dict):
-        raise UserError(f"{path} is not a readable checkpoint: manifest.json is not whole")
-    return built, manifest["about"], part_of(_tensors(path / COMMON), "backbone.")
+    return manifest["built"], manifest["about"], part_of(_tensors(path / COMMON), "backbone.")
 
 
 def start_from(path: Path, network: Network) -> None:
@@ -211,7 +209,7 @@ def _fault(folder: Path, names: set[str] | None = None) -> str | None:
         sha256 = manifest.pop("sha256")
         if sha256 != _digest(manifest):
             return "manifest.json does not have the SHA-256 that it names"
-        files, parts = manifest["files"], ("about", "files", *(("made_by", "progress") if names else ()))
+        files, parts = manifest["files"], ("about", "built", "files", *(("made_by", "progress") if names else ()))
         if not all(isinstance(manifest[part], dict) for part in parts):
             return "manifest.json is not whole"
         if files.keys() != {COMMON, *map(_own, range(max(1, len(files) - 1)))}:

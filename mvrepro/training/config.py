@@ -12,7 +12,6 @@ from mvrepro.errors import UserError
 
 Range = tuple[float, float]
 COUNT: Range = (0, 2**31)  # of steps, images, …
-SHARE: Range = (0, 1)
 BELOW_1: Range = (0, 0.999999)
 PART: Range = (1e-9, 1)  # a share that is not 0
 

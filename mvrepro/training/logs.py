@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Course:
         for name, value in (watched or {}).items():
             self.curve.setdefault(name, []).append(value)
 
-    def look(self, done: int) -> None:
-        """Fetch the losses up to this step, which waits for the device. Raises Diverged for what is no number."""
+    def look(self) -> None:
+        """Fetch the losses up to the last step, which waits for the device. Raises Diverged for what is no number."""
         losses = torch.stack([loss for loss, _ in self.window]).tolist()
         self.norms += [norm.item() for _, norm in self.window if norm is not None]
         self.window.clear()
@@ -141,15 +141,10 @@ class Logs:
                 raise UserError('--tensorboard needs an extra: pip install "mvrepro[scale]"') from None
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self) -> Iterator[dict[str, Any]]:
         """All whole lines: the last one of a killed run may be cut off."""
-        lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        return lines
+        with suppress(ValueError):
+            yield from map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: "step", and the values by name."""

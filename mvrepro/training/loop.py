@@ -240,7 +240,7 @@ class Session:
             snapshot = done % config.snapshot_every == 0 or (last and keep_last)
             log = snapshot or last or done % config.log_every == 0
             if log or done % order.an_epoch == 0:
-                course.look(done)
+                course.look()
             if log:
                 values = course.line() | pace.line(done - first) | {"bad_images": len(feed.bad)}
                 if logs:

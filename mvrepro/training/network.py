@@ -13,12 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mvrepro import networks
 from mvrepro.errors import UserError
-from mvrepro.heads.margin import SETTINGS, MarginHead
+from mvrepro.heads.margin import MarginHead
 from mvrepro.heads.sharded import ShardedHead
 from mvrepro.training.batches import Batch, Feed, normalised
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.graph import Graph
 from mvrepro.training.ranks import Ranks
+
+# What a config calls as MarginHead does.
+OF_HEAD = ("s", "m", "t", "gamma", "hard_ratio", "easy_margin", "stop_gradient", "t_warmup", "annealing")
 
 # the argument's name from torch 2.13 on, and before
 SYNC_BUFFERS = "forward_sync_buffers"
@@ -242,7 +245,7 @@ def check_network(config: TrainConfig) -> None:
 def build_head(config: TrainConfig, classes: int, ranks: Ranks) -> MarginHead:
     """With all classes, or with this rank's where there are several ranks or only a sample of the classes is seen."""
     # labels are 0 … K − 1 by construction, and the loop looks at the loss itself
-    options = {name: getattr(config, name) for name in SETTINGS} | {"check": False}
+    options = {name: getattr(config, name) for name in OF_HEAD} | {"check": False}
     if config.bfloat16 and ranks.device.type == "cuda":  # a CPU gains nothing by it
         options["products"] = "bfloat16"
     try:

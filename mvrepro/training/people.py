@@ -52,7 +52,7 @@ def select(tested: str, size: int, remove: str = "overlap", seed: int = 0) -> tu
         for what, rows in (("people", train), ("removed_people", gone)):
             sizes[f"{name}_{what}"] = len(np.unique(every.labels[rows & (origin == name)]))
         sizes[f"{name}_images"] = int((train & (origin == name)).sum())
-    return every.where(train), every.where((counts == 2) & ~in_tests), sizes | {"people_also_tested": also_tested}
+    return every.only(train), every.only((counts == 2) & ~in_tests), sizes | {"people_also_tested": also_tested}
 
 
 def _known(name: str, *tested: str) -> set[str]:

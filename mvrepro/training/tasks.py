@@ -140,7 +140,7 @@ def cfp(seed: int, image_size: int, fprs: tuple[float, ...], remove: str, people
         train, dev, sizes = select("cfp", image_size, remove, seed)
     else:
         other = photographs.lfw(image_size)
-        train, dev, sizes = _beside(test, other.where(other.sizes() >= 3), image_size, remove, seed)
+        train, dev, sizes = _beside(test, other.only(other.sizes() >= 3), image_size, remove, seed)
     pairs = {kind: photographs.cfp_pairs(kind, test.names) for kind in ("FF", "FP")}
 
     def judge(embeddings: NDArray[np.float32], weights: Any) -> Judged:
@@ -189,11 +189,8 @@ class _Joined:
     classes = names = None
 
     def __init__(self, sets: list[Images], size: int) -> None:
-        self.sets, self.starts, self.none = (
-            sets,
-            np.cumsum([0, *map(len, sets)]),
-            np.empty((0, 3, size, size), np.uint8),
-        )
+        self.sets, self.starts = sets, np.cumsum([0, *map(len, sets)])
+        self.none = np.empty((0, 3, size, size), np.uint8)
         self.labels = np.zeros(int(self.starts[-1]), np.int64)
 
     def __len__(self) -> int:
@@ -267,7 +264,7 @@ def _beside(
     """(train, dev, sizes): CelebA and the people of `other` who are not tested; CelebA people with two images."""
     clean, sizes = _remove(other, test, remove, seed)
     celeba = photographs.celeba(image_size)
-    return celeba.where(celeba.sizes() >= 3).joined(clean), celeba.where(celeba.sizes() == 2), sizes
+    return celeba.only(celeba.sizes() >= 3).joined(clean), celeba.only(celeba.sizes() == 2), sizes
 
 
 def _remove(other: Pixels, test: Pixels, remove: str, seed: int) -> tuple[Pixels, dict[str, int]]:
@@ -281,7 +278,7 @@ def _remove(other: Pixels, test: Pixels, remove: str, seed: int) -> tuple[Pixels
         gone = np.random.default_rng(seed).choice(np.array(sorted(set(people) - known)), len(known), replace=False)
     keep = ~np.isin(other.people, gone)
     sizes = {"removed_people": len(gone), "removed_images": int((~keep).sum())}
-    return other.where(keep), sizes | {"people_also_tested": len(known) if remove == "others" else 0}
+    return other.only(keep), sizes | {"people_also_tested": len(known) if remove == "others" else 0}
 
 
 def _kfold(name: str, embeddings: NDArray[np.float32], pairs: Pairs) -> Judged:

@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError
-from mvrepro.files import write_atomic
+from mvrepro.files import check_apart, write_atomic
 from mvrepro.images.folders import OTHER, images_in
 from mvrepro.images.source import SUFFIXES, decode
-from mvrepro.images.storage import check_apart, is_text
+from mvrepro.images.storage import is_text
 
 SIDE = 112
 # Left eye, right eye, nose, left and right corner of the mouth (as seen), x and y: InsightFace's template for 112×112.
@@ -25,7 +25,6 @@ TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 TABLES = ("landmarks.tsv", "photos.tsv")
-PICKS = ("centre", "largest")
 QUALITY = 90  # of the JPEGs
 LONGEST = 500  # side of what MTCNN sees: larger photos are made smaller for it, which their faces bear and time needs
 
@@ -110,16 +109,14 @@ def detector() -> Callable[[NDArray[np.uint8]], list[Face]]:
 
 def choose(faces: list[Face], pick: str, width: int, height: int) -> Face | None:
     """The one of `faces` that a photo is of: nearest its centre (by the middle of the box) or the largest."""
-    if not faces:
-        return None
+
+    def off(face: Face) -> float:
+        x, y, wide, high = face.box
+        return float(np.hypot(x + wide / 2 - width / 2, y + high / 2 - height / 2))
+
     if pick == "largest":
-        return max(faces, key=lambda face: face.box[2] * face.box[3])
-    return min(
-        faces,
-        key=lambda face: np.hypot(
-            face.box[0] + face.box[2] / 2 - width / 2, face.box[1] + face.box[3] / 2 - height / 2
-        ),
-    )
+        return max(faces, key=lambda face: face.box[2] * face.box[3], default=None)
+    return min(faces, key=off, default=None)
 
 
 def prepare(
@@ -156,8 +153,7 @@ def prepare(
             try:
                 state = photo.stat()
                 made_from = f"{place}\t{state.st_size}\t{state.st_mtime_ns}\t{pick}"
-                done = before[1].get(place) == made_from and place in before[0] and _has_content(images / place)
-                if done:
+                if before[1].get(place) == made_from and place in before[0] and _has_content(images / place):
                     lines[place] = before[0][place], made_from
                     counts["known"] += 1
                     continue

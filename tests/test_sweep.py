@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvrepro.heads import chunks
 from mvrepro.heads import sweep as module
 from mvrepro.heads.margin import MarginHead
-from mvrepro.heads.sweep import KEEP, SGD, fused_losses, pick
+from mvrepro.heads.sweep import KEEP, SGD, fused_losses, pick_by_memory
 from mvrepro.losses import mine
 
 ODD = (6, 10, 4)  # B, K, D: chunks of 3 and 7 don't divide K
@@ -657,12 +657,12 @@ def test_errors():
 def test_pick(monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: 2**30)
     weight = lambda classes: torch.empty(classes, 1)
-    assert pick(128, weight(2048)) == ("dense", "float32")
-    assert pick(128, weight(86_876)) == ("fused", "float32")
-    assert pick(512, weight(86_876)) == ("fused", "none")  # 170 MiB of the 128 that are an eighth
+    assert pick_by_memory(128, weight(2048)) == ("dense", "float32")
+    assert pick_by_memory(128, weight(86_876)) == ("fused", "float32")
+    assert pick_by_memory(512, weight(86_876)) == ("fused", "none")  # 170 MiB of the 128 that are an eighth
     monkeypatch.setattr(module, "free_memory", lambda device: 2**40)
-    assert pick(512, weight(86_876)) == ("fused", "float32")
-    assert pick(128, weight(1_000_000)) == ("fused", "none")
+    assert pick_by_memory(512, weight(86_876)) == ("fused", "float32")
+    assert pick_by_memory(128, weight(1_000_000)) == ("fused", "none")
 
 
 def test_auto_says_what_it_picked(monkeypatch):
@@ -691,7 +691,7 @@ def test_nobody_asks_for_the_free_memory_where_nothing_hangs_on_it(monkeypatch):
     x, y = torch.randn(8, 4), torch.arange(8)
     for backend, keep in [("dense", None), ("fused", "none"), ("fused", "float16"), ("auto", None)]:
         MarginHead("AM-Softmax", 4, 1000, backend=backend, keep=keep)(x, y)
-    assert pick(1000, torch.empty(1_000_000, 1)) == ("fused", "none")
+    assert pick_by_memory(1000, torch.empty(1_000_000, 1)) == ("fused", "none")
 
 
 @pytest.mark.parametrize(
@@ -710,7 +710,7 @@ def test_an_emphasis_that_is_no_rising_line_is_refused(monkeypatch, form):
 def test_auto_is_dense_for_the_shapes_of_the_profiles():
     """Their committed results are the dense head's, bit for bit."""
     for batch, classes in [(40, 20), (64, 10), (64, 1723), (128, 2000)]:
-        assert pick(batch, torch.empty(classes, 1))[0] == "dense"
+        assert pick_by_memory(batch, torch.empty(classes, 1))[0] == "dense"
 
 
 @pytest.mark.parametrize("name", ["Softmax", "HM-AM-Softmax", "F-Arc-Softmax", "A-Softmax", "MV-AM-Softmax-f"])

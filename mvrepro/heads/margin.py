@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvrepro.heads.chunks import Rule
-from mvrepro.heads.sweep import KEEP, PRODUCTS, SGD, fused_losses, pick
+from mvrepro.heads.sweep import KEEP, PRODUCTS, SGD, fused_losses, pick_by_memory
 from mvrepro.losses import DEFAULT_MARGIN, LOSSES, emphasise, indicator, margin, mine, normalise
 
 BACKENDS = ("dense", "fused", "auto")
@@ -233,7 +233,7 @@ class MarginHead(nn.Module):
         backend, keep = self.backend if self.sgd is None else "fused", self.keep
         if backend == "auto" or (backend == "fused" and keep is None):
             if batch not in self._picks:
-                self._picks[batch] = pick(batch, self.weight)
+                self._picks[batch] = pick_by_memory(batch, self.weight)
             found = self._picks[batch]
             backend, keep = found[0] if backend == "auto" else backend, keep or found[1]
         rounded = "" if self.products == "float32" else f", products={self.products}"

@@ -126,7 +126,7 @@ def fused_losses(
         return torch.logaddexp(others - rule.s * f, torch.zeros_like(f))
 
 
-def pick(batch: int, weight: Tensor) -> tuple[str, str]:
+def pick_by_memory(batch: int, weight: Tensor) -> tuple[str, str]:
     """(backend, keep) for this shape and the memory that is free now.
 
     "fused" where the (B, K) logits take more than DENSE_BYTES; keep="float32", the bits of "none" in less time,

@@ -555,7 +555,7 @@ def test_every_profile_with_claims_has_a_metric():
 def test_the_table_of_claims_has_the_profiles_with_a_metric_and_runs(tmp_path, monkeypatch):
     """One of your own, too, in the order of claims.toml; without a metric (the toy) nothing is judged."""
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    monkeypatch.setattr(claims, "metrics", lambda: dict.fromkeys(("quick", "mine", "faces"), {"label": "a share (%)"}))
+    monkeypatch.setattr(claims, "metrics", lambda: {"quick": {}, "mine": {}, "faces": {}})
     monkeypatch.setattr(claims, "metric", lambda name: ("share", "a share (%)"))
     for name in ("mine", "toy", "quick"):
         (tmp_path / "runs" / name).mkdir(parents=True)

@@ -86,7 +86,7 @@ audit: env ## which pinned packages have known vulnerabilities, by pip-audit (ne
 	@for file in requirements.lock requirements-book.lock requirements-extras.txt; do \
 	  if said=$$($(BIN)/python -m pip_audit --strict --no-deps --disable-pip --progress-spinner off -r $$file 2>&1); then echo "$$file: nothing known"; else \
 	    case "$$said" in *"could not be audited"*|*Connection*|*HTTPError*|*Timeout*) \
-	      echo "mvrepro: $$file can't be audited: pypi.org does not answer here as pip-audit asks it; call \`make audit\` where it does" >&2; exit 2;; esac; \
+	      echo "mvrepro: $$file can't be audited: the public index does not answer here as pip-audit asks it; call \`make audit\` where it does" >&2; exit 2;; esac; \
 	    echo "$$file:"; echo "$$said"; failed=1; fi; done; exit $${failed:-0}
 
 lint: env ## ruff, mypy and who may import whom, as pre-commit runs them

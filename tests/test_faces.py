@@ -601,11 +601,10 @@ needs_data = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pixels]]:
-    """All three, each image opened, at 4×4."""
+def real() -> Iterator[dict[str, Pixels]]:
+    """All three, each image opened, at 4×4: once, since the cache is the one that test_people uses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MVREPRO_DATA", str(REAL))
-        patch.setattr(storage, "LOCAL", tmp_path_factory.mktemp("local"))
         yield {name: getattr(photographs, name)(4) for name in SETS}
 
 

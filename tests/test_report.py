@@ -164,3 +164,22 @@ def test_a_misspelt_parameter_is_an_error_without_the_pipeline(tree, tmp_path):
     code, output = papermill(tree, tmp_path, "-p", "mm", "0.5")
     assert code != 0
     assert "UserError: no parameter mm here; there are: example, m, profile, t" in output
+
+
+def test_the_sliders_of_notebook_02_draw_what_they_are_set_to(monkeypatch, tmp_path):
+    """In a live notebook; its cells up to that one, with the parameter that asks for it."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setenv("MVREPRO_OUT", str(tmp_path))
+    (path,) = (ROOT / "notebooks").glob("02-*.ipynb")
+    space = {"__name__": "notebook"}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and "sliders" not in space.get("done", ()):
+            code = "".join(cell["source"]) + ("\nsliders = True" if cell["id"] == "parameters" else "")
+            exec(compile(code, cell["id"], "exec"), space)
+            space["done"] = {*space.get("done", ()), cell["id"]}
+    drawn = []
+    monkeypatch.setattr(plt, "show", lambda: drawn.append(plt.gca().get_title()))
+    loss, m, t, _ = space["controls"].widget.children
+    loss.value, m.value, t.value = "MV-Arc-Softmax-f", 0.5, 0.3
+    assert drawn[-1] == "MV-Arc-Softmax-f, m = 0.50, t = 0.30" and len(drawn) >= 2
+    plt.close("all")

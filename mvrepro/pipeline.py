@@ -447,8 +447,9 @@ def _begin(capped: bool) -> None:
 
 
 def keep_committed(path: Path) -> None:
-    """Where all of a record but its provenance is that of the committed one, keep that one: it says where the values
-    first came from, and a reproduction that finds the same leaves no change in git."""
-    before = committed(path) if path.is_relative_to(RESULTS) else None
-    if before and json.loads(before) | {"provenance": ""} == read_json(path) | {"provenance": ""}:
+    """Where all of a record but its provenance is that of the committed one, which may have been taken over from older
+    code, keep that one: it says where the values first came from, and a reproduction that finds the same leaves no
+    change in git."""
+    before, apart = committed(path) if path.is_relative_to(RESULTS) else None, {"provenance": "", "taken": ""}
+    if before and json.loads(before) | apart == read_json(path) | apart:
         write_atomic(path, before)

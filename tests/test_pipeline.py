@@ -573,3 +573,15 @@ def test_git_holds_no_photograph_and_no_large_file():
     assert not [f for f in tracked if f.lower().endswith((".jpg", ".jpeg", ".pgm", ".bmp"))]
     large = [f for f in tracked if f and (ROOT / f).is_file() and (ROOT / f).stat().st_size > 2 * 2**20]
     assert not large
+
+
+@pytest.mark.parametrize(("change", "kept"), [({}, True), ({"taken": True}, True), ({"metrics": {"tpr": 0.4}}, False)])
+def test_a_record_that_is_found_again_stays_the_committed_one(tmp_path, monkeypatch, change, kept):
+    """Also one that was taken over from older code: else a reproduction would leave hundreds of changed files."""
+    found = {"metrics": {"tpr": 0.5}, "code": "c", "provenance": {"wall_s": 2}}
+    before = json.dumps(found | {"provenance": {"wall_s": 1}} | change).encode()
+    monkeypatch.setattr(pipeline, "RESULTS", tmp_path)
+    monkeypatch.setattr(pipeline, "committed", lambda path: before)
+    (tmp_path / "run.json").write_text(json.dumps(found))
+    pipeline.keep_committed(tmp_path / "run.json")
+    assert ((tmp_path / "run.json").read_bytes() == before) == kept

@@ -228,7 +228,8 @@ def tree(caption: str, pages: list[str]) -> str:
 def index() -> str:
     first = f"{profiles()[0]}/{notebooks(profiles()[0])[0].name}"
     text = resolve((DOCS / "index.md").read_text(encoding="utf-8"), "docs", "../../").replace("<!-- first -->", first)
-    text = text.replace("<!-- verdicts -->", verdicts().replace("(paper/claims.toml)", f"({first})"))
+    table = verdicts().replace("(paper/claims.toml)", f"({first})").replace("(results/executed/", "(")
+    text = text.replace("<!-- verdicts -->", table)
     text = text.replace("<!-- notebooks -->", reading()).replace("<!-- answer -->", answer())
     trees = [tree(f"Profile {each}", [f"{short(p)} <{each}/{p.stem}>" for p in notebooks(each)]) for each in profiles()]
     guides = [tree(part, [f"{words} <{name}>" for name, words in pages.items()]) for part, pages in PARTS.items()]

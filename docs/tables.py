@@ -56,26 +56,14 @@ def answer() -> str:
     found = {row.better: row for row in comparison.differences(frame, column, pairs).itertuples()}
     rows = []
     for side in comparison.here(frame, [*comparison.sides(SHOWN), *comparison.sides(SHOWN[1:4], comparison.AFTER)]):
-        means = 100 * of(frame, *side)[["top1", "lfw_accuracy", column]].mean()
-        against = ["–"] * 3
+        part, against = of(frame, *side), ["–"] * 3
+        top1, view2, score = 100 * part[["top1", "lfw_accuracy", column]].mean()
         if row := found.get(side):
-            own = f"[{row.own_low:+.1f}, {row.own_high:+.1f}]"
-            against = [plots.short(*row.worse), f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", own]
-        numbers = [f"{means.iloc[0]:.0f}", *(f"{x:.1f}" for x in means.iloc[1:])]
-        rows.append(
-            [plots.short(*side), str(len(of(frame, *side))), *numbers, *(x.replace("-0.0", "0.0") for x in against)]
-        )
-    columns = [
-        "loss",
-        "seeds",
-        "training top-1",
-        "LFW View 2",
-        label.partition(" among")[0],
-        "against",
-        "points",
-        "own pairs",
-    ]
-    return markdown(columns, rows)
+            ends = f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", f"[{row.own_low:+.1f}, {row.own_high:+.1f}]"
+            against = [plots.short(*row.worse), *(each.replace("-0.0", "0.0") for each in ends)]
+        rows.append([plots.short(*side), str(len(part)), f"{top1:.0f}", f"{view2:.1f}", f"{score:.1f}", *against])
+    columns = ["loss", "seeds", "training top-1", "LFW View 2", label.partition(" among")[0]]
+    return markdown([*columns, "against", "points", "own pairs"], rows)
 
 
 def runs() -> str:

@@ -54,7 +54,7 @@ class Network:
         self.backbone = backbone.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
         self.head = head.to(ranks.device)
         sgd: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        kernels: dict[str, Any] = {"fused": True} if ranks.device.type == "cuda" else {}
+        kernels: dict[str, Any] = {"fused" if ranks.device.type == "cuda" else "foreach": True}
         if config.graph:  # which reads the rate anew at each step
             kernels["lr"] = torch.tensor(config.lr, device=ranks.device)
         decays = [p for p in self.backbone.parameters() if p.ndim > 1 or config.decay_all]
@@ -120,7 +120,9 @@ class Network:
         the step (MarginHead.watch, and study where one rank has all classes). The scalars stay on the device, so that
         nothing waits for it."""
         parts, seen = self.config.accumulate, None
-        self.backbone.train(), self.head.train()
+        for module in (self.backbone, self.head):
+            if not module.training:  # to tell each of its parts takes time
+                module.train()
         self.set_rate(lr)
         self.head.step.fill_(number)
         batches: Iterator[Batch] = (feed.next() for _ in range(parts))

@@ -16,8 +16,9 @@ def first_words(error: BaseException) -> str:
     return sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST].rstrip()} …"
 
 
-def explain_os_error(error: OSError, doing: str) -> UserError:
-    """A full disk, an unwritable folder and the like, as one message that says what to do."""
+def explain_os_error(error: OSError, doing: str, *, clean: bool = False) -> UserError:
+    """A full disk, an unwritable folder and the like, as one message that says what to do. clean: whether what was
+    begun is gone again."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         cure = "the disk is full: free some space and run the same command again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -25,5 +26,4 @@ def explain_os_error(error: OSError, doing: str) -> UserError:
     else:
         cure = f"{error.strerror or error}"
     where = f" ({error.filename})" if error.filename else ""
-    kept = "; nothing half-written was kept" if doing.startswith("write") else ""
-    return UserError(f"could not {doing}{where}: {cure}{kept}")
+    return UserError(f"could not {doing}{where}: {cure}{'; nothing half-written was kept' if clean else ''}")

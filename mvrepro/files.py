@@ -72,7 +72,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
         if isinstance(error, OSError):
-            raise explain_os_error(error, f"write {display(path)}") from None
+            raise explain_os_error(error, f"write {display(path)}", clean=True) from None
         raise
 
 
@@ -89,11 +89,11 @@ def check_writable(path: Path) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         code = errno.EACCES if there.is_dir() else errno.ENOTDIR
-        raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}")
+        raise explain_os_error(OSError(code, os.strerror(code)), f"write {display(path)}", clean=True)
     try:
         tempfile.TemporaryFile(prefix=TEMPORARY, dir=there).close()  # /proc says that it can be written to
     except OSError as error:
-        raise explain_os_error(OSError(error.errno, error.strerror), f"write {display(path)}") from None
+        raise explain_os_error(OSError(error.errno, error.strerror), f"write {display(path)}", clean=True) from None
 
 
 def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
@@ -121,11 +121,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises UserError where it is no JSON."""
+    return _parsed(path, json.loads)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    """Raises UserError with the place where it is no TOML."""
+    found: dict[str, Any] = _parsed(path, tomllib.loads)
+    return found
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{display(path)} can't be read: {error}") from None
 
 
 def read_yaml(path: Path) -> Any:

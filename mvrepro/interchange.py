@@ -204,6 +204,7 @@ class Embedder:
     channels    C: 1, or 3, which colours come in RGB;  size  S;  batch  B
     normalise   (mean, std): what it takes is (pixel − mean)/std of pixels 0 … 255
     mirror      whether the embedding of the mirror image is added
+    beside      files with weights of an ONNX network that lie beside it
     """
 
     run: Callable[[NDArray[np.float32]], NDArray[Any]]
@@ -212,6 +213,7 @@ class Embedder:
     batch: int | None = None
     normalise: tuple[float, float] = OURS
     mirror: bool | None = None
+    beside: tuple[Path, ...] = ()
 
 
 def embedder(model: nn.Module, about: dict[str, Any], mirror: bool | None = None) -> Embedder:
@@ -237,7 +239,7 @@ def load_onnx(path: Path, threads: int = 0) -> Embedder:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a core that is shared waits in vain
     try:
         network = onnx.load(path, load_external_data=False)
-        _check_external(path, network, onnx)
+        beside = _external(path, network, onnx)
         graph = network.graph
         session = onnxruntime.InferenceSession(path, options, onnxruntime.get_available_providers())
     except UserError:
@@ -262,19 +264,21 @@ def load_onnx(path: Path, threads: int = 0) -> Embedder:
 
     ours = (inputs[0].name, session.get_outputs()[0].name) == ("images", "embeddings")
     normalise = (0.0, 1.0) if _scales(graph, inputs[0].name) else OURS if ours else INSIGHTFACE
-    return Embedder(run, shape[1], shape[2], shape[0], normalise)
+    return Embedder(run, shape[1], shape[2], shape[0], normalise, beside=beside)
 
 
-def _check_external(path: Path, network: Any, onnx: Any) -> None:
-    """Weights may lie in other files, in the folder of the network or below. Raises UserError where it names one that
-    is elsewhere: what lies there would be read."""
-    folder = path.absolute().parent
+def _external(path: Path, network: Any, onnx: Any) -> tuple[Path, ...]:
+    """The other files in which weights lie, in the folder of the network or below. Raises UserError where it names one
+    that is elsewhere: what lies there would be read."""
+    folder, found = path.absolute().parent, set()
     for tensor in _tensors(network, onnx):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
             file = (folder / place).resolve()
             if not file.is_relative_to(folder.resolve()) or not file.is_file():
                 raise UserError(f"{path} has weights in {place!r}, which is no file in its folder: refused")
+            found.add(file)
+    return tuple(sorted(found))
 
 
 def _tensors(message: Any, onnx: Any) -> Iterator[Any]:

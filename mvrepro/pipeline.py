@@ -141,7 +141,7 @@ def with_bases(todo: Sequence[Step], steps: Sequence[Step]) -> list[Step]:
     for step in todo:
         if step.base:
             have, manifest = None, network_of(step.base) / "manifest.json"
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(OSError, UserError, KeyError):
                 made_by = read_json(manifest)["made_by"]
                 have = made_by["config_hash"], made_by["code"]
             if have != (config_hash(step.base.decisive()), code_hash()):
@@ -306,7 +306,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.known: dict[str, list[str]] = {}
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        with contextlib.suppress(FileNotFoundError, UserError):
             self.known = read_json(COMPUTED)
 
     def has(self, step: Step) -> bool:

@@ -115,6 +115,12 @@ def test_preparing_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert [Image.open(path).size for path in images] == [(112, 112)] * 3
     assert align.prepare(tmp_path / "raw", tmp_path / "out", detect=detect)["known"] == 3
     assert len(seen) == 4
+    seen[:] = [0]
+    os.utime(tmp_path / "raw" / "A_B" / "A_B_0002.PNG", (1, 1))
+    with pytest.raises(KeyboardInterrupt):  # while one is done anew, the others stay known
+        align.prepare(tmp_path / "raw", tmp_path / "out", detect=detect)
+    assert len((tmp_path / "out/landmarks.tsv").read_text().splitlines()) == 3
+    assert align.prepare(tmp_path / "raw", tmp_path / "out", detect=detect)["known"] == 2
     images[0].unlink()  # its line alone is not enough
     assert align.prepare(tmp_path / "raw", tmp_path / "out", detect=detect)["aligned"] == 1
 

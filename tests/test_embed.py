@@ -448,6 +448,9 @@ def test_weights_beside_a_network_lie_in_its_folder_or_are_refused(
     if where == "below/w":
         want = flat(FIRST, 127.5, 127.5)
         np.testing.assert_allclose(done(path, people, tmp_path / "e"), want, rtol=1e-3, atol=0.05)
+        beside = path.parent / "below" / "w"  # another network of the same .onnx file
+        beside.write_bytes(beside.read_bytes()[::-1])
+        assert "holds other embeddings: network was" in fails(capsys, path, people, tmp_path / "e")
         return
     said = f"{path} has weights in {where!r}, which is no file in its folder: refused"
     assert said in fails(capsys, path, people, tmp_path / "e") and not (tmp_path / "e").exists()

@@ -21,7 +21,19 @@ from hypothesis import strategies as st
 
 from mvrepro import files
 from mvrepro.errors import LONGEST, UserError, explain_os_error, first_words
-from mvrepro.files import ROOT, TEMPORARY, check_file, display, lock, read_json, sweep, sync, write_atomic, write_json
+from mvrepro.files import (
+    ROOT,
+    TEMPORARY,
+    check_file,
+    display,
+    lock,
+    read_json,
+    read_toml,
+    sweep,
+    sync,
+    write_atomic,
+    write_json,
+)
 from mvrepro.images import storage
 
 OLD, NEW = b"the old content", b"something new " * 1000
@@ -313,9 +325,9 @@ def test_numbers_keep_every_digit(tmp_path: Path) -> None:
 
 
 def test_messages_without_a_file_name_have_no_empty_brackets() -> None:
-    message = str(explain_os_error(OSError(errno.ENOSPC, "No space left on device"), "write here"))
+    message = str(explain_os_error(OSError(errno.ENOSPC, "No space left on device"), "write here", clean=True))
     assert message == f"could not write here: {CURES[errno.ENOSPC]}; nothing half-written was kept"
-    assert str(explain_os_error(OSError("odd"), "write")) == "could not write: odd; nothing half-written was kept"
+    assert str(explain_os_error(OSError("odd"), "write")) == "could not write: odd"
     assert str(explain_os_error(OSError("odd"), "remove a")) == "could not remove a: odd"
 
 
@@ -476,3 +488,13 @@ def test_nothing_is_written_into_a_folder_that_is_read(tmp_path: Path) -> None:
 def test_a_folder_that_only_seems_to_be_writable_is_found_out() -> None:
     with pytest.raises(UserError, match="could not write /proc/mvrepro"):
         check_file(Path("/proc/mvrepro.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", "<<<<<<< HEAD\n{}"), ("a.toml", "[claim\n"), ("b.json", "\xff")]
+)
+def test_a_file_of_settings_that_is_damaged_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError) as caught:
+        (read_json if name.endswith("json") else read_toml)(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name} can't be read: ")

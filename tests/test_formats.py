@@ -1041,3 +1041,34 @@ def test_an_image_of_another_size_is_an_error(tmp_path: Path) -> None:
     source = images.open_images(make_folder(tmp_path / "people"), size=112)
     with pytest.raises(UserError, match=r"0\.JPG: 16×16 pixels, expected 112×112"):
         source.read(np.array([0]))
+
+
+@pytest.mark.parametrize("labels", [(-1, 0), (0, 2**24 + 1)])
+def test_class_ids_that_float32_does_not_hold_are_refused(tmp_path: Path, labels: tuple[int, int]) -> None:
+    source = memory([(image(0), 0), (image(1), 1)])
+    source.labels = np.array(labels)
+    with pytest.raises(UserError, match=r"a \.rec holds class ids 0"):
+        images.write_rec(tmp_path / "set" / "train.rec", source)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_set_without_some_classes_keeps_what_it_was_opened_with(tmp_path: Path) -> None:
+    images.write_rec(tmp_path / "set" / "train.rec", memory([*PAIRS, (b"no image", 0)]))
+    source = images.open_images(tmp_path / "set", size=SIZE, bad_limit=5)
+    for view in (source.without(np.array([1])), source.renumbered()):
+        assert (view.size, view.bad_limit) == (SIZE, 5)
+        assert view.read(np.arange(len(view))).shape == (len(view), 3, SIZE, SIZE)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux shows them")
+def test_a_set_of_many_files_keeps_few_of_them_open(tmp_path: Path) -> None:
+    readers = []
+    for number in range(300):
+        (tmp_path / f"{number}").write_bytes(bytes([number % 256]))
+        readers.append(storage.Reader(tmp_path / f"{number}"))
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    assert [reader.read(0, 1)[0] for reader in readers] == [number % 256 for number in range(300)]
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) - before <= 128
+    (tmp_path / "new").write_bytes(b"n")
+    (tmp_path / "new").replace(tmp_path / "299")
+    assert storage.Reader(tmp_path / "299").read(0, 1) == b"n"  # and not the file that was there before

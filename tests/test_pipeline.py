@@ -5,6 +5,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from trees import commit, run_git
 
 import mvrepro
 from mvrepro import pipeline, provenance
+from mvrepro.commands import runs as runs_command
 from mvrepro.commands.reproduce import pages, sampled, take
 from mvrepro.commands.runs import part
 from mvrepro.errors import UserError
@@ -384,7 +386,7 @@ def test_a_circle_is_named_before_anything_runs(tmp_path):
 
 
 def test_a_sample_has_all_reports_and_runs_from_all_over(monkeypatch):
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: {})
+    monkeypatch.setattr(pipeline, "lacking", lambda steps: {s.name: "" for s in steps if not s.writes[0].is_file()})
     steps = pipeline.select("faces")
     runs = [s.name for s in steps if s.config]
     few = sampled(steps, 6)
@@ -410,7 +412,7 @@ def test_a_sample_has_every_run_without_a_record(monkeypatch):
 
 def test_pages_alone_train_nothing_and_want_runs_of_this_code(monkeypatch):
     steps = pipeline.select("faces")
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: {})
+    monkeypatch.setattr(pipeline, "lacking", lambda steps: {s.name: "" for s in steps if not s.writes[0].is_file()})
     written = [s.writes[0].suffix if s.name != "claims" else "claims" for s in pages(steps)]
     assert sorted(written) == [".ipynb"] * 13 + ["claims"]
     monkeypatch.setattr(pipeline, "lacking", lambda steps: {"faces/A": "was made by other code"})
@@ -585,3 +587,21 @@ def test_a_record_that_is_found_again_stays_the_committed_one(tmp_path, monkeypa
     (tmp_path / "run.json").write_text(json.dumps(found))
     pipeline.keep_committed(tmp_path / "run.json")
     assert ((tmp_path / "run.json").read_bytes() == before) == kept
+
+
+def test_measuring_a_tolerance_keeps_no_network(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    asked: list[Step] = []
+
+    def compute(steps: list[Step], *given: Any, **how: Any) -> Any:
+        asked.extend(steps)
+        for step in steps:
+            step.writes[0].parent.mkdir(exist_ok=True)
+            step.writes[0].write_bytes((ROOT / "results/runs/faces" / step.writes[0].name).read_bytes())
+            yield step
+
+    monkeypatch.setattr(pipeline, "compute", compute)
+    monkeypatch.setattr(pipeline, "lacking", lambda steps: {s.name: "" for s in steps if not s.writes[0].is_file()})
+    assert runs_command._tolerance("faces", pipeline.runs("faces"), 40, None) == 0
+    assert any(step.keeps for step in pipeline.runs("faces"))
+    assert asked and not any(step.keeps or step.base for step in asked)
+    assert "first_loss: 0" in capsys.readouterr().out

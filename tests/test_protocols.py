@@ -417,3 +417,8 @@ def test_a_threshold_holds_for_float32_scores_in_float64() -> None:
     scores = np.float32([0.1, 0.3, 0.3, 0.7])
     (point,) = tpr_at_fpr([1.0], scores, [0.5])
     assert np.sum(scores >= np.float64(point.threshold)) == point.false_accepts == 1
+
+
+def test_an_image_of_nobody_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="the one of row 2 is NaN"):
+        pair_scores(np.eye(4), np.array([0, 0, np.nan, 1]))

@@ -164,3 +164,24 @@ def test_a_number_out_of_its_range_is_one_line_before_anything_starts(chosen: tu
             code = end.code
     assert wrong(code, said.getvalue()) == "", said.getvalue()
     assert code == 2 or chosen[0] in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": "1e-1"}, "lr must be a number, got '1e-1' (YAML reads 1e-1 as text: write 0.1)"),
+        ({"flip": "false"}, "flip must be true or false, got 'false'"),
+        ({"flip": 1}, "flip must be true or false, got 1"),
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"milestones": (1.5,)}, "milestones must be a whole number, got 1.5"),
+        ({"milestones": 3}, "milestones must be a list, got 3"),
+        ({"loss": 3}, "loss must be text, got 3"),
+        ({"fprs": ()}, "fprs must hold a false positive rate at least, such as 0.001"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(config(**changes))
+    assert str(caught.value) == said
+    check(config(lr=1, m=None, fprs=(1,)))  # a whole number is a number

@@ -563,6 +563,17 @@ def test_update_in_backward_is_sgd(name, settings, dtype, monkeypatch):
     assert ("momentum" in head.state_dict()) == (options["momentum"] > 0)
 
 
+@pytest.mark.parametrize("name", ["MV-AM-Softmax-a", "HM-Arc-Softmax"])
+def test_update_in_backward_trains_in_training_mode_alone(name):
+    data = draw(ODD)
+    head = make_head(name, data, backend="fused")
+    head.update_in_backward(lr=0.1)
+    before = head.weight.detach().clone()
+    head.eval()
+    _, _, gradient = run(head, data[0], data[2])
+    assert gradient is not None and torch.equal(head.weight.detach(), before)
+
+
 def test_update_in_backward_leaves_no_gradient_in_memory():
     B, K, D = 16, 5000, 24
     data = draw((B, K, D))

@@ -24,7 +24,7 @@ from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
 from mvrepro.images import Pixels
 from mvrepro.training import checkpoint, loop, tasks
-from mvrepro.training.batches import normalised
+from mvrepro.training.batches import Feed, normalised
 from mvrepro.training.config import TrainConfig
 from mvrepro.training.logs import Course, Diverged
 from mvrepro.training.loop import Session, prepare, train
@@ -983,3 +983,40 @@ def test_caps_that_make_exports_go_where_a_run_wants_none(settings: Any, kept: A
     set_environment(dataclasses.replace(toy(), **settings))
     names = {"caps": "ATEN_CPU_CAPABILITY", "cublas": "CUBLAS_WORKSPACE_CONFIG"}
     assert {what for what, name in names.items() if name in os.environ} == kept
+
+
+def test_a_run_that_is_done_still_saves_its_network_and_tests_what_is_new(tmp_path: Path) -> None:
+    first = train(toy(), out=tmp_path / "a.json", work=tmp_path / "work", resume="strict")
+    again = train(toy(), out=tmp_path / "a.json", work=tmp_path / "work", resume="strict")
+    assert again == read_json(tmp_path / "a.json")  # nothing was done
+    saved = train(toy(), out=tmp_path / "a.json", work=tmp_path / "work", save=tmp_path / "net", resume="strict")
+    assert checkpoint.is_checkpoint(tmp_path / "net")
+    assert [saved[part] == first[part] for part in ("metrics", "curve", "learned")] == [True] * 3
+
+
+def test_a_run_that_need_not_be_deterministic_is_not_so_because_another_was() -> None:
+    prepare(toy(), ALONE)
+    assert torch.are_deterministic_algorithms_enabled()
+    prepare(toy(deterministic=False), ALONE)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_is_looked_at_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("mvrepro.training.network.most_looked_at", lambda classes: 5)
+    monkeypatch.setattr(MarginHead, "watch", lambda head, x, y: seen.append(len(x)) or {})
+    monkeypatch.setattr(MarginHead, "study", lambda head, x, y: seen.append(len(y)) or {})
+    session, losses = few(Pixels(np.zeros((40, 1, 8, 8), np.uint8), np.arange(40) % 4), batch_size=20)
+    session.network.step(Feed(session.config, session.task.train, session.order, ALONE, 0), 0, 0.1, watch=True)
+    assert (seen, len(losses)) == ([5, 5], 1)
+
+
+def test_what_is_tried_elsewhere_leaves_the_snapshots_of_a_run_alone(tmp_path: Path) -> None:
+    config = toy(variant="tried")
+    kept = loop.LOCAL / "training" / config.profile / config.run_name() / "snapshots"
+    kept.mkdir(parents=True)
+    try:
+        loop.run(config, tmp_path / "a.json")
+        assert kept.is_dir()
+    finally:
+        kept.rmdir(), kept.parent.rmdir()

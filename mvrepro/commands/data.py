@@ -121,8 +121,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     source = images.open_images(arguments.set, allow_holes=True)
-    counts = np.bincount(source.labels)
-    present = counts[counts > 0]
+    present = np.unique(source.labels, return_counts=True)[1]
     print(f"{arguments.set}: {type(source).__name__}, {len(source):,} images of {len(present):,} people")
     low, middle, high = (int(f(present)) for f in (np.min, np.median, np.max))
     print(f"images a person: {low:,} at least, {middle:,} in the median, {high:,} at most")
@@ -130,7 +129,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     _list("folders were passed over", source.passed_over)
     try:
         images.check_ids(source.labels, "class ids")
-        print(f"class ids: 0 … {len(counts) - 1}, none without an image")
+        print(f"class ids: 0 … {len(present) - 1}, none without an image")
     except UserError as error:
         print(error)
     if not arguments.decode:

@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{path}: {size}×{size} {colour}, (pixel − {mean:g})/{std:g}, {'with' if mirror else 'without'} mirroring")
     source = _source(arguments.images, size)
     lists = _lists(source, arguments.images)
-    about = {"network": _sha256(path), "images": arguments.images}
+    about = {"network": _sha256(path, *network.beside), "images": arguments.images}
     about |= {"names": hashlib.sha256(lists["names.txt"]).hexdigest()}
     about |= {"size": size, "colour": colour, "normalise": [mean, std], "mirror": mirror, STATE: _state(source)}
     if _is_complete(out, about, lists, len(source)):
@@ -245,8 +245,14 @@ def _state(source: Images) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256((path / "manifest.json" if path.is_dir() else path).read_bytes()).hexdigest()
+def _sha256(path: Path, *beside: Path) -> str:
+    """Of the manifest of a checkpoint, which has those of its files, or of an ONNX file and what lies beside."""
+    digest = hashlib.sha256()
+    for file in (path / "manifest.json" if path.is_dir() else path, *beside):
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _pixels(source: Images, i: int, size: int, colour: str) -> NDArray[np.uint8]:
@@ -271,7 +277,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         about = read_json(path)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, UserError):
         about = None
     if not isinstance(about, dict):
         raise UserError(f"{path} is damaged, so nothing tells what {folder} holds: remove that folder and embed anew")

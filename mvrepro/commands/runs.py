@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from mvrepro import pipeline
@@ -62,13 +63,14 @@ def part(steps: list[Step], words: str) -> list[Step]:
 
 def _tolerance(profile: str, steps: list[Step], count: int, jobs: int | None) -> int:
     lacking = pipeline.lacking(steps)
-    known = [step for step in steps if step.name not in lacking]
+    known = [step for step in steps if step.name not in lacking and not step.base]
     if not known:
         raise UserError(f"no run of {profile} is current: train them before, `python -m mvrepro runs {profile}`")
     chosen = {step.name: read_json(step.writes[0]) for step in known[:: max(1, len(known) // count)][:count]}
     moves: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as scratch:
-        again = [step for step in pipeline.runs(profile, Path(scratch), threads=2) if step.name in chosen]
+        others = pipeline.runs(profile, Path(scratch), threads=2)
+        again = [replace(step, keeps=False) for step in others if step.name in chosen]
         for step in pipeline.compute(again, lambda step: False, jobs=jobs, capped=False):
             old, new = chosen[step.name], read_json(step.writes[0])
             for metric, value in old["metrics"].items():

@@ -56,7 +56,8 @@ class TwoWay:
             raise ValueError(f"a finite score, a treatment and a seed a run are needed, got shape {values.shape}")
         self.place = {str(name): i for i, name in enumerate(names)}
         design = np.hstack([np.eye(len(names))[which], np.eye(len(seeds))[when]])
-        self.inverse = np.linalg.pinv(design.T @ design)
+        self.gram = design.T @ design
+        self.inverse = np.linalg.pinv(self.gram)
         self.effects = self.inverse @ design.T @ values
         self.runs = np.bincount(which)
         self.freedom = len(values) - int(np.linalg.matrix_rank(design))
@@ -65,10 +66,12 @@ class TwoWay:
 
     def difference(self, better: str, worse: str) -> Estimate:
         """better − worse, with the pooled spread; n: the runs of the one that has fewer. NaN ends where no run is left
-        to tell the spread from."""
+        to tell the spread from; NaN throughout where no seeds connect the two, directly or through others."""
         a, b = self.place[better], self.place[worse]
         contrast = np.zeros(len(self.effects))
         contrast[a], contrast[b] = 1, -1
+        if not np.allclose(contrast @ self.inverse @ self.gram, contrast):
+            return Estimate(float("nan"), float("nan"), float("nan"), int(min(self.runs[a], self.runs[b])))
         mean, n = round(float(contrast @ self.effects), 12) + 0.0, int(min(self.runs[a], self.runs[b]))
         error = self.spread * float(np.sqrt(contrast @ self.inverse @ contrast))
         return _student(mean, error, self.freedom, n)

@@ -119,7 +119,7 @@ class MarginHead(nn.Module):
             labels = labels.to(embeddings.device, non_blocking=True)
             logits = self._logits(self.cosines(embeddings), labels, self.loss.h)
             return F.cross_entropy(logits, labels, reduction="none")
-        update = self._update if self.sgd else None
+        update = self._update if self.sgd and self.training else None
         how = {"keep": keep, "products": self.products, "update": update}
         losses: Tensor = fused_losses(embeddings, self.weight, labels, self._rule(), **how)
         return losses

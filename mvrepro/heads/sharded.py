@@ -111,7 +111,7 @@ class ShardedHead(MarginHead):
         self._check_inputs(embeddings, labels)
         x, y = self._gather(embeddings, labels)
         weight: Tensor = self.weight
-        update: Update | None = self._update if self.sgd else None
+        update: Update | None = self._update if self.sgd and self.training else None
         if self.sample_rate < 1 and self.training:
             weight, y, update = self._sample(y)
         how = {"keep": self.pick(len(x))[1], "products": self.products, "reduce": self._reduce, "update": update}

@@ -144,6 +144,8 @@ def write_rec(path: Path, source: Encoded) -> None:
     first = len(labels) + 1
     if first + len(people) > LARGEST:
         raise UserError(f"{len(labels)} images and {len(people)} people are more than the {LARGEST} that a .rec counts")
+    if len(people) and not 0 <= people[0] <= people[-1] <= LARGEST:
+        raise UserError(f"a .rec holds class ids 0 … {LARGEST}, as float32; these are {people[0]} … {people[-1]}")
     with new_set(path.parent) as aside:
         write_classes(aside, source)
         index, target = (aside / path.with_suffix(".idx").name).open("w"), (aside / path.name).open("wb")

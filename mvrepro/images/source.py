@@ -181,7 +181,7 @@ class View(Encoded):
         self, source: Encoded, rows: NDArray[np.int64], labels: NDArray[np.int64], classes: list[str] | None
     ) -> None:
         self.source, self.rows, self.labels, self.classes = source, rows, labels, classes
-        self.passed_over = source.passed_over
+        self.passed_over, self.size, self.bad_limit = source.passed_over, source.size, source.bad_limit
 
     def content(self, i: int) -> bytes:
         return self.source.content(int(self.rows[i]))

@@ -8,7 +8,7 @@ import shutil
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +24,34 @@ ELSEWHERE = "MVREPRO_CACHE can name another folder for what is kept between call
 SEEKING = threading.Lock()
 
 
+@lru_cache(maxsize=128)  # a set may have more shards than a process may have open files
+def _opened(path: Path, state: tuple[int, ...]) -> io.FileIO:
+    """A file, opened once for all of its readers; state: what tells it from one that took its place."""
+    return io.FileIO(path)
+
+
 class Reader:
     """Bytes of a file by their place, from any number of processes at once."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self.path, self.size = path, path.stat().st_size
+            found = path.stat()
         except OSError as error:
             raise UserError(f"{path} can't be read: {error.strerror or error}") from None
-
-    @cached_property
-    def _handle(self) -> int:
-        return os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.path, self.size = path, found.st_size
+        self._state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def read(self, start: int, count: int) -> bytes:
         """As many of the bytes as the file has."""
         try:
+            file = _opened(self.path, self._state)
             if hasattr(os, "pread"):
-                return os.pread(self._handle, count, start)
+                return os.pread(file.fileno(), count, start)
             with SEEKING:
-                os.lseek(self._handle, start, os.SEEK_SET)
-                return os.read(self._handle, count)
+                os.lseek(file.fileno(), start, os.SEEK_SET)
+                return os.read(file.fileno(), count)
         except OSError as error:
             raise UserError(f"{self.path} can't be read at byte {start}: {error.strerror or error}") from None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Reader, (self.path,)
-
-    def __del__(self) -> None:
-        if "_handle" in self.__dict__:
-            os.close(self._handle)
 
 
 def kept_array(name: str, files: Sequence[Path], build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
@@ -135,7 +133,7 @@ def new_set(root: Path) -> Iterator[Path]:
         except BaseException as error:  # Ctrl-C, too, must leave nothing
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, OSError):
-                raise explain_os_error(error, f"write {display(root)}") from None
+                raise explain_os_error(error, f"write {display(root)}", clean=True) from None
             raise
 
 

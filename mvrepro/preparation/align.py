@@ -145,7 +145,8 @@ def prepare(
     if len(passed_over) > bad_limit:
         raise UserError(_too_many(passed_over, bad_limit))
     before = [_by_place(out / table) for table in TABLES]
-    lines: dict[str, tuple[str, str]] = {}
+    whole = before[0].keys() & before[1].keys() & places.keys()
+    lines = {place: (before[0][place], before[1][place]) for place in whole}  # of whom this call doesn't get to
     counts = {"known": 0, "aligned": 0, "centre": 0, "several faces": 0}
     detect = detect or detector()
     try:
@@ -163,6 +164,7 @@ def prepare(
                 aligned = crop(pixels, face.points) if face else centre_crop(pixels)
             except Exception as error:  # what is odd about a photo may show in its detection, too
                 passed_over.append(f"{photo} can't be read as an image: {error}")
+                lines.pop(place, None)
                 (images / place).unlink(missing_ok=True)  # of the photo that was there before
                 if len(passed_over) > bad_limit:
                     raise UserError(_too_many(passed_over, bad_limit)) from None

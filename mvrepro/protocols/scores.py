@@ -45,6 +45,8 @@ def rows_and_ids(embeddings: ArrayLike, ids: ArrayLike) -> tuple[NDArray[np.floa
     shape, who = np.shape(embeddings), np.asarray(ids)
     if len(shape) != 2 or who.shape != shape[:1]:
         raise ValueError(f"embeddings must be (N, D) and ids (N,), got {shape} and {who.shape}")
+    if who.dtype.kind == "f" and np.isnan(who).any():
+        raise ValueError(f"ids must be known: the one of row {int(np.flatnonzero(np.isnan(who))[0])} is NaN")
     return unit(embeddings), who
 
 

@@ -131,7 +131,7 @@ def write_checkpoint(path: Path, step: int, network: Network, about: dict[str, A
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
             except OSError as error:
-                raise explain_os_error(error, f"write {display(aside)}") from None
+                raise explain_os_error(error, f"write {display(aside)}", clean=True) from None
     try:
         with ranks.together():
             if ranks.rank == 0:
@@ -224,7 +224,7 @@ def _fault(folder: Path, names: set[str] | None = None) -> str | None:
         return f"{name} can't be read ({first_words(error)})"
     except OSError as error:
         return f"{Path(error.filename or folder).name} can't be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is not whole"
     return None
 
@@ -237,7 +237,7 @@ def _publish(aside: Path, path: Path) -> None:
         aside.rename(path)
         sync(path.parent)
     except OSError as error:
-        raise explain_os_error(error, f"write {display(path)}") from None
+        raise explain_os_error(error, f"write {display(path)}", clean=True) from None
 
 
 def _remove(path: Path) -> None:
@@ -265,11 +265,11 @@ def _save(path: Path, state: dict[str, Tensor]) -> str:
         sync(path)
         return _sha256(path)
     except OSError as error:
-        raise explain_os_error(error, f"write {display(path)}") from None
+        raise explain_os_error(error, f"write {display(path)}", clean=True) from None
     except SafetensorError as error:  # what it makes of a full disk
         number = re.search(r"os error (\d+)", str(error))
         fault = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
-        raise explain_os_error(fault, f"write {display(path)}") from None
+        raise explain_os_error(fault, f"write {display(path)}", clean=True) from None
 
 
 def _sha256(path: Path) -> str:

@@ -144,6 +144,7 @@ OF_LOSSES: dict[str, Callable[[Any], bool]] = {
     "gamma": lambda loss: loss.g == "F",
     "hard_ratio": lambda loss: loss.g == "HM",
 }
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}  # to people
 OF_OTHERS = {"milestones": ("schedule", "step"), "portable": ("deterministic", True)}
 
 
@@ -158,8 +159,15 @@ def kind(name: str) -> type:
 def check(config: TrainConfig) -> None:
     """Refuse settings that make no sense before anything is computed; the head refuses its own. Raises UserError."""
     for item in fields(config):
-        value, within = getattr(config, item.name), item.metadata["within"]
+        value, within, what = getattr(config, item.name), item.metadata["within"], kind(item.name)
+        if isinstance(value, tuple) != (get_origin(item.type) is tuple):
+            raise UserError(
+                f"{item.name} must be {'one value' if isinstance(value, tuple) else 'a list'}, got {value!r}"
+            )
         for one in value if isinstance(value, tuple) else () if value is None else (value,):
+            if not isinstance(one, int | float if what is float else what) or isinstance(one, bool) != (what is bool):
+                hint = " (YAML reads 1e-1 as text: write 0.1)" if what is float and isinstance(one, str) else ""
+                raise UserError(f"{item.name} must be {KINDS[what]}, got {one!r}{hint}")
             if within and not (isinstance(one, int | float) and math.isfinite(one) and within[0] <= one <= within[1]):
                 short = within[1] >= 2**31 and not one > within[1]  # nobody comes near the upper end but who passes it
                 bound = f">= {within[0]:g}" if short else f"in {within[0]:g} … {within[1]:.10g}"
@@ -167,6 +175,8 @@ def check(config: TrainConfig) -> None:
             if item.metadata["one_of"] and one not in item.metadata["one_of"]:
                 known = ", ".join(item.metadata["one_of"])
                 raise UserError(f"unknown {item.name} {one!r}; known are: {known}")
+    if not config.fprs:
+        raise UserError("fprs must hold a false positive rate at least, such as 0.001")
     if any(one >= other for one, other in zip(config.milestones, config.milestones[1:], strict=False)):
         raise UserError(f"milestones must rise, each once, got {' '.join(map(str, config.milestones))}")
     if re.search(r"[/\\]", config.variant) or not config.variant.isprintable():

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mvrepro import interchange, networks
 from mvrepro.determinism import make_deterministic
 from mvrepro.errors import UserError
-from mvrepro.files import LOCAL, check_file, check_writable, display, read_json, write_atomic, write_json
+from mvrepro.files import LOCAL, RESULTS, check_file, check_writable, display, read_json, write_atomic, write_json
 from mvrepro.losses import LOSSES
 from mvrepro.provenance import code_hash, config_hash, provenance
 from mvrepro.training import tasks
@@ -35,8 +35,9 @@ CODE = code_hash()  # of what is imported here, so of what trains; the files may
 
 def run(config: TrainConfig, out: Path, *, keep: Path | None = None, begin: Path | None = None) -> dict[str, Any]:
     """`train` for a pipeline: a run that was stopped goes on where it was, unless settings or code have changed, and
-    when the record lies at `out` nothing else is left but the network, where `keep` has a place for it."""
-    work = LOCAL / "training" / config.profile / config.run_name()
+    when the record lies at `out` nothing else is left but the network, where `keep` has a place for it. What is tried
+    elsewhere than in results/ leaves the snapshots of the runs there alone."""
+    work = (LOCAL if out.is_relative_to(RESULTS) else out.parent) / "training" / config.profile / config.run_name()
     record = train(config, out=out, work=work, save=keep, begin=begin, resume="same")
     shutil.rmtree(work, ignore_errors=True)
     return record
@@ -84,9 +85,11 @@ def train(
             start_from(begin, network)
             began = {"began_with": read_json(begin / "manifest.json").get("made_by", {})}
         first, progress = _first(snapshots, network, resume) if snapshots else (0, {})
-        if first and first == order.steps and out and out.exists():
-            ranks.say("the run has all its steps already")
-            return dict(read_json(out))
+        if first and first == order.steps and out and out.exists() and not (save and not save.exists()):
+            record = read_json(out)
+            if record.get("verified", []) == list(config.verify):
+                ranks.say("the run has all its steps already")
+                return dict(record)
         with ranks.together():
             logs = Logs(work, first, config.tensorboard) if work and ranks.rank == 0 else None
         course, pace = session.steps(first, progress, snapshots, logs, keep_last=resume != "same")
@@ -105,6 +108,7 @@ def train(
             "learned": learned(session.task, network, course.curve),
             "curve": course.curve,
             **({"evidence": tested.evidence} if tested.evidence else {}),
+            **({"verified": list(config.verify)} if config.verify else {}),
         }
         watched = {"pace": pace.summary(), "resumed_from": first or None}
         record["provenance"] = provenance(started, str(ranks.device), config.threads) | watched
@@ -161,6 +165,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> "Session":
     if config.deterministic:
         make_deterministic(config.seed, config.threads)
     else:
+        torch.use_deterministic_algorithms(False)  # as a run before this one may have left them
         torch.set_num_threads(config.threads)
         torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32

@@ -15,7 +15,7 @@ from mvrepro.heads.sharded import ShardedHead
 from mvrepro.protocols.verification import BINS
 from mvrepro.training.batches import normalised
 from mvrepro.training.logs import CURES, Diverged
-from mvrepro.training.network import Network
+from mvrepro.training.network import Network, most_looked_at
 from mvrepro.training.tasks import Task, words
 
 BLOCK = 256  # images embedded at once
@@ -70,7 +70,7 @@ def _embed(network: Network, pixels: NDArray[np.uint8], *, mirror: bool) -> Tens
         return networks.embed(network.backbone, normalised(images, network.config.channels_last), mirror=mirror)
 
 
-SAMPLE = 2048  # training images that `learned` looks at, or as many as have 2^25 cosines
+SAMPLE = 2048  # training images that `learned` looks at, if they are not too many for so many classes
 CALLED = {"target_cosine": "own_cosine", "negative_cosine": "other_cosine"}
 
 
@@ -81,7 +81,7 @@ def learned(task: Task, network: Network, curve: dict[str, list[float]]) -> dict
     from −1 to 1; loss_slope, nats an epoch over the last tenth of the epochs, two at least; and the mean
     gradient_distance over the run. Every rank calls it."""
     ranks = network.ranks
-    count = max(32, min(SAMPLE, 2**25 // network.head.num_classes))
+    count = min(SAMPLE, most_looked_at(network.head.num_classes))
     rows = np.random.default_rng(0).permutation(len(task.train))[:count][ranks.rank :: ranks.count]
     with ranks.together():
         embeddings = _embed(network, task.train.read(np.sort(rows)), mirror=False).to(ranks.device)

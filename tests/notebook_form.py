@@ -14,6 +14,7 @@ from mvrepro.pages.notebook import literals
 MAX_LINES, MAX_MEDIAN = 25, 8
 _SHELL = re.compile(r"^\s*(?:[\w, ]+=\s*)?[!%]", re.MULTILINE)
 _UNSTABLE = re.compile(r"(?<![\w.])input(?=\()|\b(?:Out(?=\[)|clear_output|tqdm|get_ipython)\b")
+_SHADE = re.compile(r"\b(?:white|black|darker|lighter)\b", re.IGNORECASE)
 _VALUES = {"parameters", "injected-parameters"}
 
 
@@ -39,6 +40,10 @@ def source_problems(path: Path) -> list[str]:
                 "may only assign literals: `steps: int = 100`",
             ),
             (both_code and not (tags(before) | tags(cell)) & _VALUES, "needs markdown between it and the last"),
+            (
+                cell["cell_type"] == "markdown" and _SHADE.search(cell["source"]),
+                "names a shade, which is another in the book's dark mode: name a colour, a mark or a line",
+            ),
             *(_code_rules(cell) if cell["cell_type"] == "code" else []),
         ]
         problems += [f"{name(number, cell)} {problem}" for broken, problem in rules if broken]

@@ -260,6 +260,7 @@ SOURCE_RULES: list[tuple[str, Change]] = [
     ("9 lines in the median", lambda cells: [cells[place].update(source="x = 1\n" * 9) for place in (2, 4)]),
     ("is empty", change_source(-1, " \n")),
     ("needs markdown between", lambda cells: cells.pop(3)),
+    ("names a shade", change_source(0, "# Title\n\nThe darker line is the margin loss.")),
 ]
 
 

@@ -214,7 +214,12 @@ def test_a_forest_has_a_line_a_pair_and_a_mark_for_each_way_of_drawing_anew(fram
     found = comparison.differences(after, "rank1", [ADAPTIVE, Pair(("AM-Softmax", AFTER), AM)])
     ax = Figure().subplots()
     comparison.forest(ax, found, "points")
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["MV-AM-a − AM", "AM (after AM)\n− AM"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["MV-AM-a − AM", "AM (after AM) − AM"]
+    above = Figure().subplots()
+    comparison.forest(above, found, "points of a score with a name that is too long for one line", above=True)
+    assert [text.get_text() for text in above.texts] == ["MV-AM-a − AM", "AM (after AM) − AM"]
+    assert not above.get_yticklabels() and "\n" in above.get_xlabel()
+    assert all(text.xy[1] < place for place, text in enumerate(above.texts))  # above its line, as y goes down
     assert ax.containers[0].lines[0].get_color() == plots.look(A[0])["color"]
     assert list(ax.lines[0].get_xdata()) == pytest.approx(found.loc[0, "seeds"])  # the dots
     folds = comparison.redrawn(found, "folds", [Estimate(-4, -6, -2, 10, 0.9), Estimate(1, -1, 0.9, 10, 0.2)])

@@ -74,6 +74,8 @@ def pairs(losses: Iterable[tuple[str, str]], variant: str = "") -> list[Pair]:
 
 MARGIN = pairs((f"{f}-Softmax", "Softmax") for f in ("AM", "Arc"))
 MV = pairs((f"MV-{f}-Softmax-{form}", f"{f}-Softmax") for f in ("AM", "Arc") for form in "fa")
+# The adaptive form from scratch with one thing changed
+CHANGED = [Pair(("MV-AM-Softmax-a", v), ("AM-Softmax", "")) for v in ("no easy margin", "stopped gradient")]
 MV_AFTER = pairs([(f"MV-AM-Softmax-{form}", "AM-Softmax") for form in "fa"], AFTER)
 
 
@@ -127,9 +129,9 @@ def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.
         visible = 100 * pool.detectable(e.n) if pool else detectable_difference(apart)
         e, own = replace(e, mean=100 * e.mean, low=100 * e.low, high=100 * e.high), mean_interval(apart)
         reason = claims.unlearned(claim, frame)
-        reading = f"{NOT_TESTABLE}: {reason}" if reason else _reading(e, matters)
+        says = f"{NOT_TESTABLE}: {reason}" if reason else reading(e.low, e.high, matters)
         about: dict[str, Any] = {"name": pair.name, **pair._asdict(), "over": "seeds", "seeds": list(apart)}
-        about |= {"own_low": own.low, "own_high": own.high, "visible": visible, "matters": matters, "reading": reading}
+        about |= {"own_low": own.low, "own_high": own.high, "visible": visible, "matters": matters, "reading": says}
         rows.append(about | asdict(e))
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -140,8 +142,9 @@ def redrawn(found: pd.DataFrame, over: str, estimates: Sequence[Estimate]) -> pd
     z, rows = NormalDist().inv_cdf, []
     for row, e in zip(found.to_dict("records"), estimates, strict=True):
         visible = (z(0.95) + z(0.8)) / (2 * z(0.975)) * (e.high - e.low)
-        reading = row["reading"] if row["reading"].startswith(NOT_TESTABLE) else _reading(e, row["matters"])
-        about = {"n": row["n"], "over": over, "seeds": [], "visible": visible, "reading": reading}
+        testable = not row["reading"].startswith(NOT_TESTABLE)
+        says = reading(e.low, e.high, row["matters"]) if testable else row["reading"]
+        about = {"n": row["n"], "over": over, "seeds": [], "visible": visible, "reading": says}
         rows.append(row | asdict(e) | about)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -183,9 +186,10 @@ def people(profile: str, found: pd.DataFrame, metric: str, draws: int = 2000) ->
     return redrawn(found, "people and seeds", estimates)
 
 
-def forest(ax: Axes, found: pd.DataFrame, label: str) -> None:
+def forest(ax: Axes, found: pd.DataFrame, label: str, *, above: bool = False) -> None:
     """Rows of `differences` as a figure, in the better loss's colour. Rows of one pair over several ways of drawing
-    anew share a line, in the colours of OVER and without single seeds, with labels for a legend."""
+    anew share a line, in the colours of OVER and without single seeds, with labels for a legend. above: as in
+    plots.forest."""
     ways, names = [over for over in OVER if over in set(found["over"])], list(found["name"].unique())
     looks: list[Mapping[str, object]] = [plots.look(loss) for loss, _ in found["better"]]
     if len(ways) > 1:
@@ -194,7 +198,7 @@ def forest(ax: Axes, found: pd.DataFrame, label: str) -> None:
             ax.plot([], [], linestyle="", label=f"over {over}", **OVER[over])  # type: ignore[arg-type]
     middle = (len(ways) - 1) / 2
     places = [names.index(row.name) + 0.22 * (ways.index(row.over) - middle) for row in found.itertuples()]
-    plots.forest(ax, found, looks, label, places)
+    plots.forest(ax, found, looks, label, places, above=above)
     ax.axvline(0, color="0.5", linewidth=0.8)
 
 
@@ -205,12 +209,11 @@ def figure(report: Report, found: pd.DataFrame, name: str, label: str, groups: S
         print("All comparisons of this figure wait for runs.")
         return
     names, ways = found["name"].unique(), found["over"].nunique()
-    pitch = 0.28 + 0.1 * (ways > 1 or any("(" in each for each in names))
-    drawn, axes = plots.new_figure(width=4.8, height=1.1 + pitch * len(names))
-    forest(axes[0, 0], found, label)
+    drawn, axes = plots.new_figure(width=3.4, height=0.9 + (0.36 + 0.12 * (ways - 1)) * len(names))
+    forest(axes[0, 0], found, label, above=True)
     for place in dict.fromkeys(np.cumsum(np.array(groups, dtype=int)).tolist()):
         if 0 < place < len(names):
-            axes[0, 0].axhline(place - 0.4, color="0.8", linewidth=0.8)
+            axes[0, 0].axhline(place - 0.62, color="0.8", linewidth=0.8)
     if ways > 1:
         drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     alt = f"Differences in the score with 95 % intervals: {in_words(found[found['over'] == found['over'].iloc[0]])}"
@@ -224,11 +227,14 @@ def measures(frame: pd.DataFrame, metric: str, label: str) -> dict[str, str]:
 
 def scores(frame: pd.DataFrame, chosen: Sequence[Side], columns: Mapping[str, str], digits: int = 1) -> pd.DataFrame:
     """A row for each of the sides that has runs: the `interval` over its seeds, in per cent, of each of columns (column
-    -> heading)."""
+    -> heading), and how many seeds have it where these are fewer."""
     rows = []
     for side in here(frame, chosen):
         part = runs.of(frame, *side)
-        rows.append([short(*side), len(part), *(interval(100 * part[name], digits) for name in columns)])
+        counts = part[list(columns)].count()
+        few = [f" ({count})" if 0 < count < len(part) else "" for count in counts]
+        cells = [interval(100 * part[name], digits) + note for name, note in zip(columns, few, strict=True)]
+        rows.append([short(*side), len(part), *cells])
     return pd.DataFrame(rows, columns=["Loss", "Seeds", *columns.values()])
 
 
@@ -304,8 +310,9 @@ def weight(found: pd.DataFrame, what: str) -> str:
     return f"Of {kinds.total()} comparisons of {what}: {', '.join(counts)}."
 
 
-def _reading(e: Estimate, matters: float) -> str:
-    return AHEAD if e.low > 0 else BEHIND if e.high < 0 else NO_GAIN if e.high < matters else UNDECIDED
+def reading(low: float, high: float, matters: float) -> str:
+    """What an interval says of a difference, in points: AHEAD, BEHIND, NO_GAIN or UNDECIDED."""
+    return AHEAD if low > 0 else BEHIND if high < 0 else NO_GAIN if high < matters else UNDECIDED
 
 
 def _ends(low: float, high: float) -> str:

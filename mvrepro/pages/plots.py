@@ -1,6 +1,7 @@
 """One style for every figure, and the plots that several notebooks share."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,18 +85,30 @@ def forest(
     looks: Sequence[Mapping[str, object]],
     label: str,
     places: Sequence[float] | None = None,
+    *,
+    above: bool = False,
 ) -> None:
     """Rows (name, mean, low, high, seeds): the mean with its interval as a large mark, single seeds as small dots below
-    it. places: how far down each row lies, where rows of one name share a line; None: a line each."""
-    for place, row, style in zip(places or range(len(rows)), rows.itertuples(), looks, strict=True):
+    it. places: how far down each row lies, where rows of one name share a line; None: a line each. above: long names
+    stand above their line, so that it has the whole width of a telephone."""
+    lines = list(places or range(len(rows)))
+    for place, row, style in zip(lines, rows.itertuples(), looks, strict=True):
         colour = str(style["color"])
         ends = np.maximum([[row.mean - row.low], [row.high - row.mean]], 0)  # a bootstrap's need not hold the mean
         ax.plot(row.seeds, [place + 0.25] * len(row.seeds), ".", color=colour, alpha=0.6, markersize=4)
         ax.errorbar(row.mean, place, xerr=ends, fmt=str(style["marker"]), color=colour, capsize=2, markersize=5)
     names = rows["name"] if places is None else rows["name"].unique()
-    names = [name.replace(" − ", "\n− ") if "(" in name else name for name in names]
-    ax.set_yticks(range(len(names)), names, linespacing=1.15)
-    ax.set(xlabel=label, ylim=(max(len(names), 1) - 0.4, -0.5))
+    label = "\n".join(textwrap.fill(line, 46) for line in label.splitlines()) if above else label
+    ax.set(xlabel=label, ylim=(max(len(names), 1) - 0.4, -0.7 if above else -0.5))
+    if not above:
+        ax.set_yticks(range(len(names)), names)
+        return
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    highest = min(lines, default=0)  # of the first row; the others are as wide
+    for place, name in enumerate(names):
+        across, box = ax.get_yaxis_transform(), {"color": "white", "pad": 0.5}
+        ax.annotate(name, (0, place + highest - 0.36), xycoords=across, va="center", fontsize=8, bbox=box)
 
 
 def metric_by_loss(ax: Axes, frame: pd.DataFrame, sides: Sequence[Side], metric: str, label: str) -> pd.DataFrame:

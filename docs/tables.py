@@ -52,10 +52,11 @@ def least_and_most(values: Iterable[Any]) -> str:
 def answer() -> str:
     """What the losses reach on `faces`, and how far each lies from the one that it is built on."""
     frame, (column, label) = table("faces", kind=None), claims.metric("faces")
-    pairs = [*comparison.MARGIN, *comparison.MV, *comparison.MV_AFTER]
+    pairs = [*comparison.MARGIN, *comparison.MV, *comparison.CHANGED, *comparison.MV_AFTER]
     found = {row.better: row for row in comparison.differences(frame, column, pairs).itertuples()}
     rows = []
-    for side in comparison.here(frame, [*comparison.sides(SHOWN), *comparison.sides(SHOWN[1:4], comparison.AFTER)]):
+    changed, after = [pair.better for pair in comparison.CHANGED], comparison.sides(SHOWN[1:4], comparison.AFTER)
+    for side in comparison.here(frame, [*comparison.sides(SHOWN), *changed, *after]):
         part, against = of(frame, *side), ["–"] * 3
         top1, view2, score = 100 * part[["top1", "lfw_accuracy", column]].mean()
         if row := found.get(side):

@@ -12,6 +12,7 @@ import pytest
 from mvrepro.__main__ import COMMANDS
 from mvrepro.evidence import claims, published, runs
 from mvrepro.files import RESULTS, read_json, read_toml
+from mvrepro.pages import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["read", "background", "article", "model-card", "data-sheet", "play", "reproduce", "data", "head"]
@@ -126,3 +127,29 @@ def test_what_the_answer_says_of_the_verdicts_is_so():
     assert found["faces"]["from-scratch"] == claims.REPRODUCED
     assert {found["quick"][name] for name in ("am-softmax", "arc-softmax", "mv-hm", "mv-f")} == {claims.REPRODUCED}
     assert found["quick"]["mv-am-a"] == claims.UNDECIDED
+
+
+def test_what_the_answer_says_of_single_comparisons_is_so():
+    def readings(profile, column, pairs):
+        found = comparison.differences(runs.table(profile, kind=None), column, pairs)
+        return {row.better: row for row in found.itertuples()}
+
+    column = claims.metric("faces")[0]
+    go_on = comparison.Pair(("AM-Softmax", comparison.AFTER), ("AM-Softmax", ""))
+    every = [*comparison.MARGIN, *comparison.MV, *comparison.CHANGED, *comparison.MV_AFTER, go_on]
+    found = readings("faces", column, every)
+    easy, stopped = (found[pair.better] for pair in comparison.CHANGED)
+    assert (easy.reading, stopped.reading) == (comparison.BEHIND, comparison.NO_GAIN)
+    plain = -found["MV-AM-Softmax-a", ""].mean
+    assert (
+        f"ends {-stopped.mean:.1f} points below AM in place of {plain:.1f}, in {['', 'one', 'two'][stopped.n]} seeds"
+        in ANSWER
+    )
+    cosines = runs.of(runs.table("faces", kind=None), *comparison.CHANGED[1].better)["other_cosine"]
+    assert cosines.min() > -0.02, "its cosines do not fall"
+    assert found[go_on.better].reading == comparison.NO_GAIN, "nor with AM itself"
+    behind = [side for side, row in found.items() if row.own_high < 0]
+    assert behind == [("MV-Arc-Softmax-a", ""), comparison.CHANGED[0].better], "by it only MV-Arc-a and …"
+    assert found["AM-Softmax", ""].own_low < 0 < found["AM-Softmax", ""].own_high
+    (quick,) = readings("quick", "tpr@fpr=0.001", comparison.pairs([("MV-AM-Softmax-a", "HM-Softmax")])).values()
+    assert quick.low < 0 < quick.high, "At FPR 0.1 % it is level with HM"

@@ -206,7 +206,7 @@ def answer() -> str:
     """What came out so far, below its picture."""
     words = resolve(readme("the section '## The answer so far'", r"^## The answer so far\n\n(.*?)\n#")[1], "", "../../")
     alt, picture, caption = readme("a figure with its caption", r"^!\[([^]]*)\]\(([^)]*)\)\n\n\*(.*?)\*$").groups()
-    return f"```{{figure}} ../../{picture}\n:alt: {alt}\n:width: 340px\n\n{caption}\n```\n\n{words}\n"
+    return f"```{{figure}} ../../{picture}\n:alt: {alt}\n\n{caption}\n```\n\n{words}\n"
 
 
 def reading() -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -113,6 +114,16 @@ def check_apart(out: Path, source: Path) -> None:
     """Raises UserError where what is written to `out` would be among what is read."""
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies in {source}, which is read: choose another place")
+
+
+def sha256(*paths: Path) -> str:
+    """Of the content of files, one after the other, as hex digits; of any size."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

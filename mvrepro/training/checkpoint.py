@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvrepro.errors import UserError, explain_os_error, first_words
-from mvrepro.files import TEMPORARY, display, is_number, read_json, sync, write_json
+from mvrepro.files import TEMPORARY, display, is_number, read_json, sha256, sync, write_json
 from mvrepro.training.network import Network, part_of
 from mvrepro.training.ranks import Ranks
 
@@ -206,8 +206,7 @@ def _fault(folder: Path, names: set[str] | None = None) -> str | None:
     """What is wrong with these files, or with any."""
     try:
         manifest = read_json(folder / "manifest.json")
-        sha256 = manifest.pop("sha256")
-        if sha256 != _digest(manifest):
+        if manifest.pop("sha256") != _digest(manifest):
             return "manifest.json does not have the SHA-256 that it names"
         files, parts = manifest["files"], ("about", "built", "files", *(("made_by", "progress") if names else ()))
         if not all(isinstance(manifest[part], dict) for part in parts):
@@ -216,7 +215,7 @@ def _fault(folder: Path, names: set[str] | None = None) -> str | None:
             return "manifest.json names other files than a checkpoint has"
         # Of another number of ranks there may be no file for this one: the comparison says so.
         for name in files.keys() & names if names else files:
-            if _sha256(folder / name) != files[name]:
+            if sha256(folder / name) != files[name]:
                 return f"{name} does not have the SHA-256 that manifest.json names"
             with safe_open(folder / name, "pt"):  # which reads the header and holds it against the file's size
                 pass
@@ -263,21 +262,13 @@ def _save(path: Path, state: dict[str, Tensor]) -> str:
         save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, path)
         path.chmod(0o644)  # safetensors keeps others out
         sync(path)
-        return _sha256(path)
+        return sha256(path)
     except OSError as error:
         raise explain_os_error(error, f"write {display(path)}", clean=True) from None
     except SafetensorError as error:  # what it makes of a full disk
         number = re.search(r"os error (\d+)", str(error))
         fault = OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
         raise explain_os_error(fault, f"write {display(path)}", clean=True) from None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -57,6 +57,21 @@ def test_a_difference_is_that_of_the_verdicts_and_counts_runs_of_variants_as_noi
     assert found.loc[0, "seeds"] == pytest.approx([-5.1, -4.8, -5.2, -4.9])
 
 
+def test_a_dagger_marks_a_single_seed_and_networks_that_have_not_learned(frame):
+    more = table(rows("Arc-Softmax", 50, marked_share=0.4), rows("AM-Softmax", 50, "on", seeds=[0]))
+    frame = pd.concat([frame, more], ignore_index=True)
+    found = comparison.doubts(frame, [AM, F, ("Arc-Softmax", ""), ("AM-Softmax", "on")])
+    assert found == {
+        "Arc": "the networks have not learned (Arc-Softmax ends with 40 % of the classes marked, top-1 90 %)",
+        "AM (on)": "one seed",
+    }
+    assert comparison.marked(["AM", "Arc"], found) == ["AM", "Arc †"]
+    assert comparison.footnotes(found).splitlines()[1] == "† AM (on): one seed."
+    assert comparison.footnotes({}) == "No loss has a †."
+    both = table(rows("AM-Softmax", 50, seeds=[0], top1=0.5))
+    assert claims.doubt(both, "AM-Softmax").startswith("one seed; the networks have not learned")
+
+
 def test_runs_after_another_have_a_noise_of_their_own(frame):
     more = pd.concat([frame, table(rows("AM-Softmax", 60, AFTER), rows(A[0], 61, AFTER))], ignore_index=True)
     on, mixed = Pair((A[0], AFTER), ("AM-Softmax", AFTER)), Pair((A[0], AFTER), A)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tarfile
+import tracemalloc
 import types
 import unicodedata
 from pathlib import Path
@@ -325,6 +326,28 @@ def test_holes_stop_a_rec_and_can_be_closed(people: Path, tmp_path: Path, capsys
     assert "--renumber" in call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", code=1)
     call(capsys, "convert", tmp_path / "holes", tmp_path / "rec", "--to", "rec", "--renumber")
     assert images.open_images(tmp_path / "rec").classes == ["Ann_Lee", "george  BUSH"]
+
+
+def test_ids_that_are_huge_cost_no_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A set may number its people by anything, such as a date and an hour: a table by id would be of 7 GB."""
+    with tarfile.open(tmp_path / "huge.tar", "w") as tar:
+        for i, person in enumerate((7, 912_312_359, 912_312_359)):
+            for kind, data in ((".png", _png(i)), (".cls", str(person).encode())):
+                member = tarfile.TarInfo(f"{i}{kind}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    tracemalloc.start()
+    printed = call(capsys, "inspect", tmp_path / "huge.tar", "--decode")
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+    assert "3 images of 2 people" in printed and "every image decodes" in printed
+    assert "912312358 of the class ids 0 … 912312359 have no image" in printed
+
+
+def _png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), value).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_prepare_says_what_it_passed_over(

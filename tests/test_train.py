@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from trees import commit, run_git
 
@@ -22,7 +24,7 @@ from mvrepro.commands.train import set_environment
 from mvrepro.determinism import ENVIRONMENT
 from mvrepro.errors import UserError
 from mvrepro.files import ROOT, read_json
-from mvrepro.images import Pixels
+from mvrepro.images import Pixels, write_bin
 from mvrepro.training import checkpoint, loop, tasks
 from mvrepro.training.batches import Feed, normalised
 from mvrepro.training.config import TrainConfig
@@ -992,6 +994,25 @@ def test_a_run_that_is_done_still_saves_its_network_and_tests_what_is_new(tmp_pa
     saved = train(toy(), out=tmp_path / "a.json", work=tmp_path / "work", save=tmp_path / "net", resume="strict")
     assert checkpoint.is_checkpoint(tmp_path / "net")
     assert [saved[part] == first[part] for part in ("metrics", "curve", "learned")] == [True] * 3
+
+
+def test_a_run_that_is_done_is_tested_on_pairs_that_are_new(tmp_path: Path) -> None:
+    sets = [str(tmp_path / f"{name}.bin") for name in ("one", "two")]
+    for number, path in enumerate(sets):
+        write_bin(Path(path), [_png(10 * number + i // 4) for i in range(40)], np.arange(20) % 2 == 0)
+    there = {"out": tmp_path / "a.json", "work": tmp_path / "work", "resume": "strict"}
+    first = train(synthetic(verify=(sets[0],), workers=0), **there)
+    assert train(synthetic(verify=(sets[0],), workers=0), **there) == read_json(tmp_path / "a.json")  # nothing was done
+    wider = train(synthetic(verify=tuple(sets), workers=0), **there)
+    assert set(first["metrics"]) == {"one", "one std"} and set(wider["metrics"]) > {"one", "two"}
+    assert wider["curve"] == first["curve"] and wider["verified"] == sets
+    assert wider["provenance"]["resumed_from"] == wider["sizes"]["steps"]
+
+
+def _png(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_run_that_need_not_be_deterministic_is_not_so_because_another_was() -> None:

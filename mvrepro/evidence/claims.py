@@ -143,6 +143,13 @@ def unlearned(claim: dict[str, Any], frame: pd.DataFrame) -> str:
     return ""
 
 
+def doubt(frame: pd.DataFrame, loss: str, variant: str = "") -> str:
+    """Why no order can be read from the scores of these runs: a single seed, or `unlearned`; "" where nothing is."""
+    reasons = ["one seed" if runs.of(frame, loss, variant)["seed"].nunique() == 1 else ""]
+    reasons.append(unlearned({"better": loss, "better_variant": variant}, frame))
+    return "; ".join(filter(None, reasons))
+
+
 def difference(frame: pd.DataFrame, column: str, better: str, worse: str, **claim: Any) -> Estimate | None:
     """better − worse, runs of better_variant and worse_variant, by the rule `greater`; None where they share fewer
     seeds than FEWEST, or min_seeds. pool=False: from the differences of these seeds alone."""

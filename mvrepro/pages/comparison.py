@@ -88,6 +88,21 @@ def here(frame: pd.DataFrame, chosen: Sequence[Side] | None = None) -> list[Side
     return [side for side in chosen if side in there]
 
 
+def doubts(frame: pd.DataFrame, chosen: Sequence[Side]) -> dict[str, str]:
+    """name -> why, of those of the sides whose scores say no order (claims.doubt)."""
+    return {short(*side): why for side in chosen if (why := claims.doubt(frame, *side))}
+
+
+def marked(names: Iterable[str], doubtful: Iterable[str]) -> list[str]:
+    """The names, with a † behind the doubtful ones."""
+    return [f"{name} †" if name in doubtful else name for name in names]
+
+
+def footnotes(found: Mapping[str, str]) -> str:
+    """What each † stands for, a line each; a sentence where there is none."""
+    return "\n".join(f"† {name}: {why}." for name, why in found.items()) or "No loss has a †."
+
+
 def known(frame: pd.DataFrame, chosen: Sequence[Pair]) -> list[Pair]:
     """Those of the pairs whose sides share two seeds at least."""
     seeds = {side: set(runs.of(frame, *side)["seed"]) for pair in chosen for side in pair}

@@ -22,7 +22,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mvrepro.__main__ import COMMANDS, main
 from mvrepro.errors import UserError
-from mvrepro.files import ROOT
+from mvrepro.files import ROOT, read_json
 from mvrepro.pages import notebook
 from mvrepro.training.config import TrainConfig
 
@@ -427,6 +427,26 @@ def test_a_kernel_that_does_not_start_is_one_message(
     with pytest.raises(UserError, match=r"the kernel of 01-try\.ipynb did not start within 1 s; nothing was written"):
         notebook.execute(write(notebooks, "x"), "quick")
     assert not (tmp_path / "results").exists()
+
+
+CUT = """\
+import sys, time
+for text in ("one\\n", "two\\n"):
+    print(text, end="", flush=True)
+    time.sleep(1)
+print("no number", file=sys.stderr)
+display(3)
+print("two")"""
+
+
+def test_where_a_printed_text_was_cut_changes_no_page(notebooks: Path) -> None:
+    """A loaded machine sends what a cell prints in other pieces; what stands between two texts stays there."""
+    page = read_json(notebook.execute(write(notebooks, CUT), "quick"))
+    outputs = next(cell["outputs"] for cell in page["cells"] if "two" in str(cell["source"]))
+    assert [(o["output_type"], o.get("name"), "".join(o.get("text", ""))) for o in outputs] == [
+        ("stream", "stdout", "one\ntwo\n"), ("stream", "stderr", "no number\n"), ("display_data", None, ""),
+        ("stream", "stdout", "two\n"),
+    ]  # fmt: skip
 
 
 DRAWS = """\

@@ -103,14 +103,28 @@ def _ages(folder: Path) -> set[tuple[Path, int]]:
 
 
 def without_noise(notebook: Any) -> Any:
-    """The notebook, changed in place: without what differs between two equal runs (times, random ids, paths)."""
+    """The notebook, changed in place: without what differs between two equal runs (times, random ids, paths, and where
+    a printed text was cut in two, which only the kernel's load decides)."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell["id"] = "injected-parameters"
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
     return notebook
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """The outputs of a cell, with texts that were printed one after the other as one."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == "stream" and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def literals(code: str) -> set[str] | None:

@@ -639,7 +639,7 @@ def test_real_cfp_has_ten_frontal_and_four_profile_images_of_each(real: dict[str
 
 
 @needs_data
-def test_199_people_of_cfp_are_people_of_lfw_by_name_23_of_them_spelt_otherwise(real: dict[str, Pixels]) -> None:
+def test_205_people_of_cfp_are_people_of_lfw_by_name(real: dict[str, Pixels]) -> None:
     ours, theirs = np.unique(real["cfp"].people), np.unique(real["lfw"].people)
     assert len(photographs.overlapping(ours, theirs)) == len(photographs.overlapping(theirs, ours)) == 205
     assert not photographs.overlapping(np.unique(real["celeba"].people), [*ours, *theirs])  # it has numbers only

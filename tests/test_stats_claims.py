@@ -524,9 +524,9 @@ def test_a_loss_that_is_behind_is_no_unclear_gain(add, judge):
     found = judge(claim)["u"]
     assert found.verdict == "qualitatively" and found.numbers["behind"] == 1
     unseen = r"\(a true gain below 0\.7 goes mostly unseen\)"
-    assert re.fullmatch(rf"gains of \+0.17 points, least adjusted p = \S+ {unseen}; behind by 9.83", found.found)
+    assert re.fullmatch(rf"AM \+0.17 points, least adjusted p = \S+ {unseen}; behind: Arc -9.83", found.found)
     alone = judge(claim | {"pairs": [["Arc-Softmax", "Softmax"]]})["u"]
-    assert (alone.verdict, alone.found) == ("undecided", "no gains; behind by 9.83")
+    assert (alone.verdict, alone.found) == ("undecided", "no gains; behind: Arc -9.83")
 
 
 def test_a_claim_is_judged_on_its_profiles_alone(add, judge):

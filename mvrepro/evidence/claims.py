@@ -267,15 +267,19 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             if len(seen) < len(estimates):
                 return None
             p, behind = min(holm([e.p for e in seen])), [e for e in seen if e.high < 0]
+            named = [
+                f"{pair[0].replace('-Softmax', '')} {100 * e.mean:+.2f}"
+                for pair, e in zip(claim["pairs"], seen, strict=True)
+            ]
             gains, losses = (
-                ", ".join(f"{100 * e.mean:+.2f}" for e in part)
-                for part in ([e for e in seen if e not in behind], behind)
+                ", ".join(name for name, e in zip(named, seen, strict=True) if (e in behind) == lost)
+                for lost in (False, True)
             )
             numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen), "behind": len(behind)}
-            words = f"gains of {gains} points, least adjusted p = {p:.2g}" if gains else "no gains"
+            words = f"{gains} {claim.get('unit', 'points')}, least adjusted p = {p:.2g}" if gains else "no gains"
             if gains and pool and pool.freedom:
                 words += f" (a true gain below {100 * pool.detectable(min(e.n for e in seen)):.1f} goes mostly unseen)"
-            words += f"; behind by {losses.replace('-', '')}" if losses else ""
+            words += f"; behind: {losses}" if losses else ""
             verdict = QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED
             return verdict if gains else UNDECIDED, words, numbers
         case "runaway":

@@ -45,6 +45,7 @@ OVER = {  # what is drawn anew, and how it is drawn beside the others
 # Metrics that are means over people: what `kept` has of each person
 OF_PEOPLE = {"rank1": "correct", "rank1_by_person": "share"}
 MEASURES = {
+    "rank1_by_person": "rank-1 by person (%)",
     "lfw_accuracy": "View 2 of LFW, accuracy (%)",
     "hard_accuracy": "hard pairs (home-made), accuracy (%)",
     "tpr@fpr=0.001": "TPR at FPR 0.1 %, all pairs (%)",

@@ -98,7 +98,7 @@ def test_the_answer_is_that_of_the_runs():
         f"All but {['none', 'one'][sum(r['learned']['top1'] < gate['top1'] for r in every)]} have learned",
         f"AM-Softmax ends with {marked['AM-Softmax']:.1f} % of the wrong classes marked",
         f"ends at {other['MV-AM-Softmax-a']:.2f} (MV-Arc-a: {other['MV-Arc-Softmax-a']:.2f})".replace("-0", "−0"),
-        f"{100 * np.mean([h[: len(h) // 2].sum() / h.sum() for h in below]):.0f} % of the training images have cosθ_y < 0",
+        f"{100 * np.mean([h[: len(h) // 2].sum() / h.sum() for h in below]):.0f} % of the training images have cosθ_y",
         f"raw pixels reach {100 * values['pixels alone']['lfw_accuracy']:.1f} % on View 2",
         f"[{facex:.2f} %]",
         f"AM by {gains['am-softmax']:.1f} points of TPR at FPR 1 %, Arc by {gains['arc-softmax']:.1f}",

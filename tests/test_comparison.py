@@ -131,7 +131,7 @@ def test_losses_without_runs_are_left_out_and_named(frame):
 def test_one_seed_is_no_comparison_yet(frame):
     one = frame[(frame["loss"] == "AM-Softmax") | (frame["seed"] == 0)]
     assert not len(comparison.differences(one, "rank1", [FIXED]))
-    assert comparison.waiting(one, [FIXED]) == "1 of 1 comparisons wait for runs of MV-AM-f: MV-AM-f − AM."
+    assert comparison.waiting(one, [FIXED]) == "1 of 1 comparisons waits for runs of MV-AM-f: MV-AM-f − AM."
     assert comparison.scores(one, [AM, F], {"rank1": "rank-1 (%)"})["rank-1 (%)"].tolist()[1] == "50.0"
 
 

@@ -55,9 +55,9 @@ KEY = (
     "or a deviation within its bound (the test is one-sided: an interval that just touches 0 can go with it); "
     "**qualitatively**: as claimed with p < 0.05 before that correction, or as claimed without a test; **not "
     "reproduced**: the interval lies below any gain that would matter, or what was measured is otherwise; "
-    "**undecided**: it holds 0 and such gains; **not testable here**: the networks have not learned, or the losses "
-    "were one training. -f and -a: the fixed and the adaptive emphasis of MV; HM and F: mining; SV: MV's first "
-    "version. A to D: how well the claim's source is known, from first-hand to algebra."
+    "**undecided**: it holds both 0 and gains that matter; **not testable here**: the networks have not learned, or "
+    "both losses gave one training. -f and -a: the fixed and the adaptive emphasis of MV; HM and F: mining; SV: MV's "
+    "first version. A to D: how well the claim's source is known, from first-hand to algebra."
 )
 
 
@@ -261,25 +261,20 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             words += f", p = {own.p:.2g}"
             return verdict, words, numbers
         case "unclear":
-            column = claim.get("column", found.column)
-            estimates = [difference(found.frame, column, *pair) for pair in claim["pairs"]]
-            seen, pool = [e for e in estimates if e], pooled(found.frame, column) if column in found.frame else None
-            if len(seen) < len(estimates):
+            column, pairs = claim.get("column", found.column), claim["pairs"]
+            seen = [e for e in (difference(found.frame, column, *pair) for pair in pairs) if e]
+            if len(seen) < len(pairs):
                 return None
-            p, behind = min(holm([e.p for e in seen])), [e for e in seen if e.high < 0]
-            named = [
-                f"{pair[0].replace('-Softmax', '')} {100 * e.mean:+.2f}"
-                for pair, e in zip(claim["pairs"], seen, strict=True)
-            ]
-            gains, losses = (
-                ", ".join(name for name, e in zip(named, seen, strict=True) if (e in behind) == lost)
-                for lost in (False, True)
-            )
-            numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen), "behind": len(behind)}
+            p = min(holm([e.p for e in seen]))
+            named: dict[bool, list[str]] = {False: [], True: []}  # by whether the pair is behind
+            for (better, _), e in zip(pairs, seen, strict=True):
+                named[e.high < 0].append(f"{better.replace('-Softmax', '')} {100 * e.mean:+.2f}")
+            gains, behind = (", ".join(names) for names in named.values())
+            numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen), "behind": len(named[True])}
             words = f"{gains} {claim.get('unit', 'points')}, least adjusted p = {p:.2g}" if gains else "no gains"
-            if gains and pool and pool.freedom:
+            if gains and (pool := common_pool(found.frame, column, *((loss, "") for pair in pairs for loss in pair))):
                 words += f" (a true gain below {100 * pool.detectable(min(e.n for e in seen)):.1f} goes mostly unseen)"
-            words += f"; behind: {losses}" if losses else ""
+            words += f"; behind: {behind}" if behind else ""
             verdict = QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED
             return verdict if gains else UNDECIDED, words, numbers
         case "runaway":

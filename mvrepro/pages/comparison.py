@@ -117,8 +117,8 @@ def waiting(frame: pd.DataFrame, chosen: Sequence[Pair], *, listed: bool = True)
     missing = [pair for pair in chosen if pair not in there]
     few = dict.fromkeys(short(*side) for pair in missing for side in pair if len(runs.of(frame, *side)) < 2)
     names = f": {', '.join(pair.name for pair in missing)}" if listed else ""
-    line = f"{len(missing)} of {len(chosen)} comparisons wait for runs of {', '.join(few) or 'the same seeds'}{names}."
-    return line if missing else ""
+    count = f"{len(missing)} of {len(chosen)} comparisons {'waits' if len(missing) == 1 else 'wait'}"
+    return f"{count} for runs of {', '.join(few) or 'the same seeds'}{names}." if missing else ""
 
 
 def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.DataFrame:

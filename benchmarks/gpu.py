@@ -443,8 +443,8 @@ def _wanted(job: Job, side: int) -> list[dict[str, Any]]:
 def _by_importance(job: Job, side: int) -> Iterator[dict[str, Any]]:
     """A larger network at the pack's side, which a CPU has no time for; the runs of the profile which need no other
     run's network, as they stand in params.yaml; then more seeds of both."""
-    from mvrepro import pipeline
     from mvrepro.commands.train import profile_settings
+    from mvrepro.pipeline import plan
 
     how: dict[str, Any] = {"data": "pack", "device": job.device}
     if job.device.startswith("cuda"):
@@ -454,7 +454,7 @@ def _by_importance(job: Job, side: int) -> Iterator[dict[str, Any]]:
         common |= {"backbone": "iresnet-tiny", "image_size": 16, "embedding_dim": 16, "epochs": 2, "warmup": 0}
         yield from (common | {"loss": loss, "fprs": (0.1, 0.01)} for loss in LOSSES[:2])
         return
-    configs = [step.config for step in pipeline.runs("faces") if step.config]
+    configs = [step.config for step in plan.runs("faces") if step.config]
     small = [asdict(config) | how for config in configs if not config.after]
     large = common | LARGE | {"image_size": min(LARGE["image_size"], side)}
     yield from (large | {"loss": loss, "seed": 0} for loss in LOSSES[:4])

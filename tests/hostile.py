@@ -138,7 +138,7 @@ def check(every: int = 1, text: str = "") -> list[str]:
     torch.set_num_threads(1)  # others would not outlive a fork
     import mvrepro.commands.data
     import mvrepro.interchange
-    import mvrepro.pipeline
+    import mvrepro.pipeline.workers
     import mvrepro.training.loop  # noqa: F401
 
     found = []

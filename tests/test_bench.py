@@ -15,12 +15,12 @@ from benchmarks import gpu
 from benchmarks import head as bench
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.head import table
-from mvrepro import pipeline
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
 from mvrepro.evidence.compare import Comparison, _compare_report
 from mvrepro.files import ROOT
 from mvrepro.images import Pixels
+from mvrepro.pipeline import plan
 from mvrepro.training.config import TrainConfig
 
 
@@ -307,9 +307,9 @@ def test_the_evidence_is_a_larger_network_then_the_profile_then_more_seeds(tmp_p
         {"loss": "Arc-Softmax", "lr": 0.02, "m": 0.3, "variant": "its own", "seed": 0},
         {"loss": "AM-Softmax", "after": "AM-Softmax", "variant": "after", "seed": 0},
     ]
-    params = pipeline.read_yaml(ROOT / "params.yaml")
+    params = plan.read_yaml(ROOT / "params.yaml")
     params["faces"]["runs"] = rows
-    monkeypatch.setattr(pipeline, "read_yaml", lambda path: params)
+    monkeypatch.setattr(plan, "read_yaml", lambda path: params)
     wanted = [TrainConfig(**settings) for settings in gpu._wanted(job(tmp_path, "evidence"), 40)]
     told = [(c.backbone, c.image_size, c.loss, c.seed, c.lr, c.m, c.variant) for c in wanted]
     small, rate = ("iresnet-small", 32), params["faces"]["train"]["lr"]

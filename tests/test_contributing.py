@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_pipeline import imported, parts_behind
 
-from mvrepro import pipeline
 from mvrepro.evidence import claims
 from mvrepro.files import tomllib
+from mvrepro.pipeline import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -41,19 +41,17 @@ def with_params(tmp_path, monkeypatch):
 
     def use(text):
         (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-        original = pipeline.read_yaml
-        monkeypatch.setattr(
-            pipeline, "read_yaml", lambda p: original(tmp_path / p.name if p.name == "params.yaml" else p)
-        )
+        original = plan.read_yaml
+        monkeypatch.setattr(plan, "read_yaml", lambda p: original(tmp_path / p.name if p.name == "params.yaml" else p))
 
     return use
 
 
 def test_the_row_of_a_variant_is_three_runs_more(with_params):
     (row,) = [block for block in blocks("yaml") if "variant" in block]
-    before = {step.name for step in pipeline.runs("quick")}
+    before = {step.name for step in plan.runs("quick")}
     with_params(params("  runs:", row))
-    steps = pipeline.runs("quick")
+    steps = plan.runs("quick")
     more = [step for step in steps if step.name not in before]
     assert [step.name for step in more] == [f"quick/MV-AM-Softmax-a_t0.2_t-grows_seed{seed}" for seed in range(3)]
     assert {step.config.t_warmup for step in more} == {100}
@@ -66,16 +64,16 @@ def test_another_t_is_twelve_runs_more(with_params):
     row = next(line for line in (ROOT / "params.yaml").read_text().splitlines() if "t: [0.1, 0.3, 0.5]" in line)
     changed = row.replace("0.5]", "0.5, 0.7]")
     assert changed == written
-    before = len(pipeline.runs("quick"))
+    before = len(plan.runs("quick"))
     with_params((ROOT / "params.yaml").read_text().replace(row, changed))
-    assert len(pipeline.runs("quick")) == before + 4 * 3
+    assert len(plan.runs("quick")) == before + 4 * 3
 
 
 def test_the_line_of_a_page_is_its_stage(with_params):
     (line,) = [block for block in blocks("yaml") if "quick-13" in block]
     with_params(params("pages:", line))
-    *runs, page = pipeline.select("quick", "13")
-    assert page.name == "page@quick-13" and pipeline.profiles(runs) == ["quick"]
+    *runs, page = plan.select("quick", "13")
+    assert page.name == "page@quick-13" and plan.profiles(runs) == ["quick"]
     executed, figures = page.writes
     assert executed == ROOT / "results" / "executed" / "quick" / "13-t-grows.ipynb"
     assert figures == ROOT / "results" / "figures" / "quick" / "13"

@@ -12,7 +12,7 @@ import yaml
 from trees import commit, run_git
 
 import mvrepro
-from mvrepro import pipeline, provenance
+from mvrepro import provenance
 from mvrepro.commands import runs as runs_command
 from mvrepro.commands.reproduce import pages, sampled, take
 from mvrepro.commands.runs import part
@@ -20,7 +20,9 @@ from mvrepro.errors import UserError
 from mvrepro.evidence.compare import compare, same
 from mvrepro.files import read_yaml
 from mvrepro.losses import LOSSES
-from mvrepro.pipeline import Memory, Step
+from mvrepro.pipeline import freshness, plan, workers
+from mvrepro.pipeline.freshness import Memory
+from mvrepro.pipeline.plan import Step
 from mvrepro.provenance import TRAINING, code_hash, code_parts, config_hash
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +93,7 @@ def code_behind(stage: Step) -> set[str]:
 
 
 def named(name: str) -> Step:
-    return next(stage for stage in pipeline.stages() if stage.name == name)
+    return next(stage for stage in plan.stages() if stage.name == name)
 
 
 # The graph
@@ -100,7 +102,7 @@ def named(name: str) -> Step:
 def test_stages_depend_on_the_code_that_they_run():
     """A page lists the parts behind all pages, so that a new one is a line; the others just what they run."""
     wrong, shown = [], set()
-    for stage in pipeline.stages():
+    for stage in plan.stages():
         behind, declared = code_behind(stage) if stage.name != "code" else set(), set(stage.parts)
         if "notebook" in stage.command.split():
             shown |= behind
@@ -113,23 +115,23 @@ def test_stages_depend_on_the_code_that_they_run():
 
 
 def test_a_run_is_made_by_the_parts_that_its_stage_depends_on():
-    for profile in pipeline.known():
-        assert set(named(f"runs@{profile}").parts) == set(TRAINING) == set(pipeline.runs(profile)[0].parts)
+    for profile in plan.known():
+        assert set(named(f"runs@{profile}").parts) == set(TRAINING) == set(plan.runs(profile)[0].parts)
 
 
 def test_every_notebook_has_a_stage_that_reads_its_source():
-    read = {path for stage in pipeline.stages() for path in stage.reads if path.suffix == ".ipynb"}
+    read = {path for stage in plan.stages() for path in stage.reads if path.suffix == ".ipynb"}
     sources = set((ROOT / "notebooks").glob("*.ipynb"))
     assert sources - read == {ROOT / "notebooks" / "00-claims.ipynb"}  # which reads them all
     assert ROOT / "notebooks" in named("front@quick").reads
 
 
 def test_every_committed_result_is_the_output_of_a_stage():
-    written = {path for stage in pipeline.stages() for path in stage.writes}
+    written = {path for stage in plan.stages() for path in stage.writes}
     present = {p for p in (ROOT / "results").rglob("*") if p.is_file() and not p.name.startswith(".writing-")}
     alien = [str(p.relative_to(ROOT)) for p in present if not written & {p, *p.parents}]
     assert not alien, sorted(alien)
-    assert not [problem for profile in pipeline.known() for problem in pipeline.strays(profile)]
+    assert not [problem for profile in plan.known() for problem in freshness.strays(profile)]
 
 
 def test_outputs_are_kept_in_git_and_not_in_a_cache():
@@ -147,49 +149,49 @@ def test_analytics_are_off():
 
 
 def test_a_plot_helper_is_behind_reports_and_behind_no_training():
-    behind = {stage.name for stage in pipeline.stages() if "pages" in stage.parts}
+    behind = {stage.name for stage in plan.stages() if "pages" in stage.parts}
     assert {"page@quick-04", "front@quick"} <= behind
     assert "pages" not in TRAINING and not [name for name in behind if name.startswith("runs@")]
 
 
 def test_a_page_is_computed_without_the_runs_that_it_does_not_read():
     for notebook, profiles in (("01", set()), ("02", {"toy"}), ("03", {"quick"}), ("11", set())):
-        assert set(pipeline.profiles(pipeline.select("quick", notebook))) == profiles, notebook
+        assert set(plan.profiles(plan.select("quick", notebook))) == profiles, notebook
 
 
 def test_a_profile_computes_nothing_of_another():
     """The claims rest on all profiles, but `make reproduce` on quick must not train for hours on faces."""
     for profile, other in (("quick", "faces"), ("faces", "quick")):
-        steps = pipeline.select(profile)
+        steps = plan.select(profile)
         names = [step.name for step in steps]
-        assert "claims" in names and not [name for name in names if other in name or name in pipeline.ASIDE]
-        assert pipeline.profiles(steps) == [profile, *(["cfp", "tuning", "early"] if profile == "faces" else []), "toy"]
-    for name in pipeline.ASIDE:
-        assert [step.name for step in pipeline.select(name)] == [name, "claims"]
+        assert "claims" in names and not [name for name in names if other in name or name in plan.ASIDE]
+        assert plan.profiles(steps) == [profile, *(["cfp", "tuning", "early"] if profile == "faces" else []), "toy"]
+    for name in plan.ASIDE:
+        assert [step.name for step in plan.select(name)] == [name, "claims"]
 
 
 def test_what_a_profile_or_a_notebook_is_called():
     with pytest.raises(
         UserError, match=r"profile 'quik' has no stages in dvc.yaml; known are: quick, faces, cfp, tuning, early, toy"
     ):
-        pipeline.select("quik")
+        plan.select("quik")
     with pytest.raises(UserError, match=r"no notebook '07' on quick; known are: 00, 01, 02, 03, 04, 05, 06, 11"):
-        pipeline.select("quick", "07")
+        plan.select("quick", "07")
 
 
 # The runs
 
 
 def test_a_run_for_every_combination():
-    counts = {profile: len(pipeline.runs(profile)) for profile in pipeline.known()}
+    counts = {profile: len(plan.runs(profile)) for profile in plan.known()}
     fixed = {"quick": 7 * 20 + 4 * 10 + 6 * 3 + 4 * 3 * 3, "early": 13 * 3 + (3 + 3) * 3 + 3 + 2, "toy": 7 * 3 + 3}
     assert counts == fixed | {profile: counts[profile] for profile in ("faces", "cfp", "tuning")}
     for profile in counts:
-        steps = pipeline.runs(profile)
+        steps = plan.runs(profile)
         assert len({step.name for step in steps}) == len({step.config for step in steps}) == len(steps)
         assert {step.config.loss for step in steps} <= set(LOSSES)
-    assert {step.config.loss for step in pipeline.runs("quick")} == set(LOSSES)
-    first = pipeline.runs("early")[13 * 3].config
+    assert {step.config.loss for step in plan.runs("quick")} == set(LOSSES)
+    first = plan.runs("early")[13 * 3].config
     assert (first.variant, first.t_warmup, first.loss, first.seed) == ("t warmed up", 678, "MV-AM-Softmax-a", 0)
 
 
@@ -199,13 +201,13 @@ def followed(monkeypatch, tmp_path):
     profile = read_yaml(ROOT / "params.yaml")["quick"]
     after = {"variant": "after AM", "after": "AM-Softmax", "seed": [0, 1], "loss": ["AM-Softmax", "MV-AM-Softmax-a"]}
     profile["runs"] = [{"loss": "AM-Softmax", "seed": [0, 1]}, {"loss": "Softmax", "seed": 0}, after]
-    monkeypatch.setattr(pipeline, "read_yaml", lambda path: {"mine": profile})
-    monkeypatch.setattr(pipeline, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(plan, "read_yaml", lambda path: {"mine": profile})
+    monkeypatch.setattr(plan, "LOCAL", tmp_path / "local")
     return profile
 
 
 def test_runs_that_follow_others_know_whom(followed, tmp_path):
-    steps = pipeline.runs("mine", tmp_path)
+    steps = plan.runs("mine", tmp_path)
     assert [s.name for s in steps if s.keeps] == ["mine/AM-Softmax_seed0", "mine/AM-Softmax_seed1"]
     assert [s.base.run_name() if s.base else None for s in steps] == [
         None, None, None, *["AM-Softmax_seed0"] * 2, *["AM-Softmax_seed1"] * 2,
@@ -214,43 +216,43 @@ def test_runs_that_follow_others_know_whom(followed, tmp_path):
     assert not any(steps[-1].needs(other) for other in (steps[0], steps[2], *steps[3:]))
     followed["runs"][2]["after"] = "Arc-Softmax"
     with pytest.raises(UserError, match=r"params.yaml, mine: .*after-AM_seed0 begins after a run that the profile"):
-        pipeline.runs("mine", tmp_path)
+        plan.runs("mine", tmp_path)
 
 
 def test_a_network_that_is_not_here_is_trained_again(followed, tmp_path):
-    steps = pipeline.runs("mine", tmp_path)
+    steps = plan.runs("mine", tmp_path)
     wanted = [steps[-1]]
-    assert pipeline.with_bases(wanted, steps) == [steps[1], steps[-1]]
-    folder = pipeline.network_of(steps[1].config)
+    assert freshness.with_bases(wanted, steps) == [steps[1], steps[-1]]
+    folder = plan.network_of(steps[1].config)
     folder.mkdir(parents=True)
     made = {"config_hash": config_hash(steps[1].config.decisive()), "code": code_hash()}
     for found, expected in ((made, wanted), (made | {"code": "0"}, [steps[1], *wanted]), (None, [steps[1], *wanted])):
         (folder / "manifest.json").write_text(json.dumps({"made_by": found}) if found else "half of it")
-        assert pipeline.with_bases(wanted, steps) == expected
+        assert freshness.with_bases(wanted, steps) == expected
 
 
 def test_a_run_that_began_with_another_network_is_not_current(followed, tmp_path):
-    step = pipeline.runs("mine", tmp_path)[-1]
+    step = plan.runs("mine", tmp_path)[-1]
     began = {"config_hash": config_hash(step.base.decisive())}
     record = {"config": step.config.decisive(), "code": code_hash()}
     step.writes[0].parent.mkdir()
     for found, reason in ((began, {}), ({"config_hash": "0"}, {step.name: "began with a network of other settings"})):
         step.writes[0].write_text(json.dumps(record | {"began_with": found}))
-        assert pipeline.lacking([step]) == reason
+        assert freshness.lacking([step]) == reason
 
 
 def test_a_setting_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setattr(
-        pipeline, "read_yaml", lambda path: {"mine": {"train": {"lr": 0.1}, "runs": [{"loss": "Softmax", "tt": 1}]}}
+        plan, "read_yaml", lambda path: {"mine": {"train": {"lr": 0.1}, "runs": [{"loss": "Softmax", "tt": 1}]}}
     )
     with pytest.raises(UserError, match=r"params.yaml, mine: knows no setting called tt"):
-        pipeline.runs("mine")
+        plan.runs("mine")
     with pytest.raises(UserError, match=r"no runs for the profile 'yours'; known are: mine"):
-        pipeline.runs("yours")
+        plan.runs("yours")
 
 
 def test_parts_are_all_of_it_once():
-    steps = pipeline.runs("quick")
+    steps = plan.runs("quick")
     shares = [part(steps, f"{i}/16") for i in range(1, 17)]
     assert sorted(step.name for share in shares for step in share) == sorted(step.name for step in steps)
     assert {len(share) for share in shares} == {len(steps) // 16, len(steps) // 16 + 1}
@@ -264,7 +266,7 @@ def record(tmp_path):
     """record(**changes) -> the step of a run whose record lies in tmp_path, with changes to the record."""
 
     def write(**changes):
-        step = pipeline.runs("quick", tmp_path)[0]
+        step = plan.runs("quick", tmp_path)[0]
         content = {"config": step.config.decisive(), "code": code_hash(), "metrics": {"x": 0.5}, "curve": {}} | changes
         step.writes[0].parent.mkdir(exist_ok=True)
         step.writes[0].write_text(json.dumps(content))
@@ -276,31 +278,31 @@ def record(tmp_path):
 def test_a_run_is_current_by_its_settings_and_its_code(record):
     step = record()
     settings = step.config.decisive()
-    assert pipeline.lacking([step]) == {}
+    assert freshness.lacking([step]) == {}
     older = {name: value for name, value in settings.items() if name != "clip"}  # a setting that came later
-    assert pipeline.lacking([record(config=older)]) == {}
+    assert freshness.lacking([record(config=older)]) == {}
     for wrong in (settings | {"lr": 0.06}, settings | {"of_old": 1}, {"loss": "Softmax"}):
-        assert pipeline.lacking([record(config=wrong)]) == {step.name: "was made with other settings"}
-    assert pipeline.lacking([record(code="0123")]) == {step.name: "was made by other code"}
+        assert freshness.lacking([record(config=wrong)]) == {step.name: "was made with other settings"}
+    assert freshness.lacking([record(code="0123")]) == {step.name: "was made by other code"}
     step.writes[0].unlink()
-    assert pipeline.lacking([step]) == {step.name: "has no record"}
+    assert freshness.lacking([step]) == {step.name: "has no record"}
 
 
 def test_a_run_that_is_taken_says_so(record):
     step = record(code="of yesterday")
     take([step])
-    assert pipeline.lacking([step]) == {}
+    assert freshness.lacking([step]) == {}
     assert json.loads(step.writes[0].read_text())["taken"] is True
 
 
 def test_a_run_that_nothing_writes_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "RESULTS", tmp_path)
+    monkeypatch.setattr(freshness, "RESULTS", tmp_path)
     stray = tmp_path / "runs" / "quick" / "AM-Softmax_t0.7_seed0.json"
     stray.parent.mkdir(parents=True)
     stray.write_text("{}")
     (stray.parent / ".writing-abc").write_text("half")
-    assert pipeline.strays("quick") == [f"{stray} is written by nothing in params.yaml and dvc.yaml: remove it"]
-    assert pipeline.strays("faces") == []
+    assert freshness.strays("quick") == [f"{stray} is written by nothing in params.yaml and dvc.yaml: remove it"]
+    assert freshness.strays("faces") == []
 
 
 # The code
@@ -352,14 +354,14 @@ def test_code_in_a_folder_counts_by_its_place(source):
 
 
 def test_every_part_that_a_stage_names_is_there():
-    assert {part for stage in pipeline.stages() for part in stage.parts} <= code_parts().keys()
+    assert {part for stage in plan.stages() for part in stage.parts} <= code_parts().keys()
 
 
 # What was computed here
 
 
 def test_memory_knows_a_step_by_content_not_by_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "COMPUTED", tmp_path / "computed.json")
+    monkeypatch.setattr(freshness, "COMPUTED", tmp_path / "computed.json")
     source, result = tmp_path / "in.py", tmp_path / "out.json"
     source.write_text("1")
     result.write_text("1")
@@ -382,12 +384,12 @@ def test_a_circle_is_named_before_anything_runs(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     steps = [Step("one", (a,), (), (b,), "x"), Step("two", (b,), (), (a,), "x")]
     with pytest.raises(UserError, match=r"dvc.yaml goes in a circle: one, two wait for each other"):
-        next(pipeline.compute(steps, lambda step: True))
+        next(workers.compute(steps, lambda step: True))
 
 
 def test_a_sample_has_all_reports_and_runs_from_all_over(monkeypatch):
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: {})
-    steps = pipeline.select("faces")
+    monkeypatch.setattr(freshness, "lacking", lambda steps: {})
+    steps = plan.select("faces")
     runs = [s.name for s in steps if s.config]
     few = sampled(steps, 6)
     picked = [s for s in few if s.config]
@@ -401,21 +403,21 @@ def test_a_sample_has_all_reports_and_runs_from_all_over(monkeypatch):
 
 def test_a_sample_has_every_run_without_a_record(monkeypatch):
     """There is nothing that could be taken as it is; what was made by other code can be."""
-    steps = pipeline.select("quick")
+    steps = plan.select("quick")
     new = [s.name for s in steps if s.config][4:6]
     reasons = {new[0]: "has no record", new[1]: "was made with other settings", "quick/x": "was made by other code"}
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: reasons)
+    monkeypatch.setattr(freshness, "lacking", lambda steps: reasons)
     assert [s.name for s in sampled(steps, 1) if s.config][1:] == new
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: {new[1]: "was made by other code"})
+    monkeypatch.setattr(freshness, "lacking", lambda steps: {new[1]: "was made by other code"})
     assert len([s for s in sampled(steps, 1) if s.config]) == 1
 
 
 def test_pages_alone_train_nothing_and_want_runs_of_this_code(monkeypatch):
-    steps = pipeline.select("faces")
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: {})
+    steps = plan.select("faces")
+    monkeypatch.setattr(freshness, "lacking", lambda steps: {})
     written = [s.writes[0].suffix if s.name != "claims" else "claims" for s in pages(steps)]
     assert sorted(written) == [".ipynb"] * 13 + ["claims"]
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: {"faces/A": "was made by other code"})
+    monkeypatch.setattr(freshness, "lacking", lambda steps: {"faces/A": "was made by other code"})
     with pytest.raises(UserError, match=r"1 of the runs are stale, the first is faces/A \(was made by other code\)"):
         pages(steps)
 
@@ -480,8 +482,8 @@ def test_metrics_may_move_with_the_last_bits_and_the_first_loss_hardly(
 
 def test_the_runs_of_another_loss_are_noticed():
     """Within what other last bits may move, of all pairs of losses on the same people and seed."""
-    tolerance = pipeline.read_yaml(ROOT / "params.yaml")["quick"]["tolerance"]
-    runs = [step for step in pipeline.runs("quick") if step.config.t == 0.2]
+    tolerance = read_yaml(ROOT / "params.yaml")["quick"]["tolerance"]
+    runs = [step for step in plan.runs("quick") if step.config.t == 0.2]
     records = {step.name: json.loads(step.writes[0].read_text(encoding="utf-8")) for step in runs}
     pairs = [(a, b) for a in runs for b in runs if a.config.seed == b.config.seed and a is not b]
     unnoticed = 0
@@ -515,40 +517,35 @@ def test_a_changed_number_or_text_of_a_report_is_different(tmp_path, monkeypatch
 
 def test_a_second_command_beside_one_that_writes_is_one_message(monkeypatch):
     failed = subprocess.CompletedProcess([], 255, "", "ERROR: Unable to acquire lock. Most likely another DVC process")
-    monkeypatch.setattr(pipeline.subprocess, "run", lambda *a, **k: failed)
-    monkeypatch.setattr(pipeline, "in_git", lambda: True)
+    monkeypatch.setattr(freshness.subprocess, "run", lambda *a, **k: failed)
+    monkeypatch.setattr(freshness, "in_git", lambda: True)
     with pytest.raises(UserError, match="dvc status: ERROR: Unable to acquire lock"):
-        pipeline.stale([])
+        freshness.stale([])
 
 
 @pytest.mark.parametrize("place", [0.05, 0.3, 0.35, 0.5, 0.55, 0.7, 0.9])
 def test_half_a_lock_file_is_mended_wherever_it_ends(tmp_path, monkeypatch, place):
-    whole = (ROOT / "dvc.lock").read_bytes()
-    for name in ("dvc.yaml", "params.yaml"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    lock = tmp_path / "dvc.lock"
-    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
-    monkeypatch.setattr(pipeline, "in_git", lambda: True)
-    monkeypatch.setattr(pipeline, "committed", lambda path: whole)
+    whole, lock = (ROOT / "dvc.lock").read_bytes(), tmp_path / "dvc.lock"
+    monkeypatch.setattr(freshness, "ROOT", tmp_path)
+    monkeypatch.setattr(freshness, "in_git", lambda: True)
+    monkeypatch.setattr(freshness, "committed", lambda path: whole)
     lock.write_bytes(whole[: int(place * len(whole))])
-    pipeline.mend_lock_file()
+    freshness.mend_lock_file()
     assert lock.read_bytes() == whole
 
 
 def test_a_whole_lock_file_that_knows_more_or_other_things_is_left(tmp_path, monkeypatch):
-    for name in ("dvc.yaml", "params.yaml", "dvc.lock"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     lock = tmp_path / "dvc.lock"
-    noted = yaml.safe_load(lock.read_bytes())
+    noted = yaml.safe_load((ROOT / "dvc.lock").read_bytes())
     before = dict(noted["stages"])
     noted["stages"]["claims"] = before["claims"] | {"cmd": "other"}
     changed = yaml.safe_dump(noted).encode()
     del noted["stages"]["code"]
-    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
-    monkeypatch.setattr(pipeline, "in_git", lambda: True)
-    monkeypatch.setattr(pipeline, "committed", lambda path: yaml.safe_dump(noted).encode())
+    monkeypatch.setattr(freshness, "ROOT", tmp_path)
+    monkeypatch.setattr(freshness, "in_git", lambda: True)
+    monkeypatch.setattr(freshness, "committed", lambda path: yaml.safe_dump(noted).encode())
     lock.write_bytes(changed)
-    pipeline.mend_lock_file()
+    freshness.mend_lock_file()
     assert lock.read_bytes() == changed
 
 
@@ -582,10 +579,10 @@ def test_a_record_that_is_found_again_stays_the_committed_one(tmp_path, monkeypa
     """Also one that was taken over from older code: else a reproduction would leave hundreds of changed files."""
     found = {"metrics": {"tpr": 0.5}, "code": "c", "provenance": {"wall_s": 2}}
     before = json.dumps(found | {"provenance": {"wall_s": 1}} | change).encode()
-    monkeypatch.setattr(pipeline, "RESULTS", tmp_path)
-    monkeypatch.setattr(pipeline, "committed", lambda path: before)
+    monkeypatch.setattr(freshness, "RESULTS", tmp_path)
+    monkeypatch.setattr(freshness, "committed", lambda path: before)
     (tmp_path / "run.json").write_text(json.dumps(found))
-    pipeline.keep_committed(tmp_path / "run.json")
+    freshness.keep_committed(tmp_path / "run.json")
     assert ((tmp_path / "run.json").read_bytes() == before) == kept
 
 
@@ -599,9 +596,9 @@ def test_measuring_a_tolerance_keeps_no_network(monkeypatch: pytest.MonkeyPatch,
             step.writes[0].write_bytes((ROOT / "results/runs/faces" / step.writes[0].name).read_bytes())
             yield step
 
-    monkeypatch.setattr(pipeline, "compute", compute)
-    monkeypatch.setattr(pipeline, "lacking", lambda steps: {s.name: "" for s in steps if not s.writes[0].is_file()})
-    assert runs_command._tolerance("faces", pipeline.runs("faces"), 40, None) == 0
-    assert any(step.keeps for step in pipeline.runs("faces"))
+    monkeypatch.setattr(workers, "compute", compute)
+    monkeypatch.setattr(freshness, "lacking", lambda steps: {s.name: "" for s in steps if not s.writes[0].is_file()})
+    assert runs_command._tolerance("faces", plan.runs("faces"), 40, None) == 0
+    assert any(step.keeps for step in plan.runs("faces"))
     assert asked and not any(step.keeps or step.base for step in asked)
     assert "first_loss: 0" in capsys.readouterr().out

@@ -12,10 +12,11 @@ from hostile import wrong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvrepro import LOSSES, MarginHead, pipeline
+from mvrepro import LOSSES, MarginHead
 from mvrepro.__main__ import main
 from mvrepro.errors import UserError
-from mvrepro.files import read_yaml
+from mvrepro.files import ROOT, read_yaml
+from mvrepro.pipeline import plan, workers
 from mvrepro.training.config import OF_LOSSES, TrainConfig, check, from_settings, kind
 from mvrepro.training.loop import check_used
 
@@ -49,7 +50,7 @@ def test_a_setting_counts_with_the_losses_of_its_row_and_with_no_other(name: str
 
 
 def config(profile: str = "quick", **changes: Any) -> TrainConfig:
-    settings = read_yaml(pipeline.ROOT / "params.yaml")[profile]["train"]
+    settings = read_yaml(ROOT / "params.yaml")[profile]["train"]
     return from_settings(settings | {"loss": "Softmax"} | changes, "here")
 
 
@@ -120,22 +121,22 @@ def test_the_command_says_it_in_one_line(capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_a_row_of_params_is_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = read_yaml(pipeline.ROOT / "params.yaml")["quick"] | {"runs": [{"loss": "AM-Softmax", "gamma": 3}]}
-    monkeypatch.setattr(pipeline, "read_yaml", lambda path: {"mine": profile})
+    profile = read_yaml(ROOT / "params.yaml")["quick"] | {"runs": [{"loss": "AM-Softmax", "gamma": 3}]}
+    monkeypatch.setattr(plan, "read_yaml", lambda path: {"mine": profile})
     with pytest.raises(UserError, match=r"^--gamma decides nothing with --loss AM-Softmax"):
-        pipeline.runs("mine")[0].compute()
+        workers.compute_here(plan.runs("mine")[0])
 
 
 @pytest.mark.parametrize("row", [{"loss": "Softmax", "lr": [0.1, 0.2]}, {"loss": ["Softmax", "Softmax"]}])
 def test_two_runs_that_would_write_one_record_are_refused(monkeypatch: pytest.MonkeyPatch, row: Any) -> None:
-    profile = read_yaml(pipeline.ROOT / "params.yaml")["quick"] | {"runs": [row | {"seed": 0}]}
-    monkeypatch.setattr(pipeline, "read_yaml", lambda path: {"mine": profile})
+    profile = read_yaml(ROOT / "params.yaml")["quick"] | {"runs": [row | {"seed": 0}]}
+    monkeypatch.setattr(plan, "read_yaml", lambda path: {"mine": profile})
     said = "params.yaml, mine: two runs are called mine/Softmax_seed0: give one of their rows a variant"
     with pytest.raises(UserError, match=f"^{said}"):
-        pipeline.runs("mine")
+        plan.runs("mine")
     profile["runs"].append({"loss": "Softmax", "lr": 0.3, "variant": "fast", "seed": 0})
     profile["runs"][0] = {"loss": "Softmax", "seed": 0}
-    assert [step.name for step in pipeline.runs("mine")] == ["mine/Softmax_seed0", "mine/Softmax_fast_seed0"]
+    assert [step.name for step in plan.runs("mine")] == ["mine/Softmax_seed0", "mine/Softmax_fast_seed0"]
 
 
 RANGES = {item.name: item.metadata["within"] for item in fields(TrainConfig) if item.metadata["within"]}

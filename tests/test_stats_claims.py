@@ -10,7 +10,6 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
-from mvrepro import pipeline
 from mvrepro.errors import UserError
 from mvrepro.evidence import claims, published, runs
 from mvrepro.evidence.stats import (
@@ -22,6 +21,7 @@ from mvrepro.evidence.stats import (
 )
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots, report
+from mvrepro.pipeline import plan
 
 METRIC = "tpr@fpr=0.01"
 LEARNED = ("top1", "marked_share", "gradient_distance", "other_cosine")
@@ -287,7 +287,7 @@ def test_the_default_run_is_that_of_the_profile_s_own_t(add, judge, tmp_path, mo
 
 
 def test_the_default_t_stands_in_the_settings_of_a_profile():
-    assert {runs.default_t(profile) for profile in pipeline.known()} == {0.2}
+    assert {runs.default_t(profile) for profile in plan.known()} == {0.2}
     with pytest.raises(UserError, match=r"params.yaml, made-up.train: needs t"):
         runs.default_t("made-up")
 
@@ -542,7 +542,7 @@ def test_a_claim_is_judged_on_its_profiles_alone(add, judge):
 def test_the_command_of_every_claim_is_one_that_works(profile):
     for verdict in claims.evaluate(profile):
         named, notebook = re.fullmatch(r"make reproduce PROFILE=(\w+) NB=(\d\d)", verdict.command).groups()
-        assert pipeline.select(named, notebook), verdict
+        assert plan.select(named, notebook), verdict
 
 
 def test_every_profile_with_claims_has_a_metric():

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mvrepro import pipeline
+from mvrepro.pipeline import freshness
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,5 +10,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    pipeline.write_code()
+    freshness.write_code()
     return 0

@@ -3,12 +3,13 @@
 import argparse
 import time
 
-from mvrepro import pipeline
 from mvrepro.commands.runs import check_jobs
 from mvrepro.errors import UserError
 from mvrepro.evidence.compare import compare
 from mvrepro.files import RESULTS, ROOT, display, read_json, read_yaml, sweep, write_json
-from mvrepro.pipeline import Memory, Step
+from mvrepro.pipeline import freshness, plan, workers
+from mvrepro.pipeline.freshness import Memory
+from mvrepro.pipeline.plan import Step
 from mvrepro.provenance import CAME, code_hash, keep_as_it_came
 
 MOST_LINES = 20
@@ -31,30 +32,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     started, ran = time.perf_counter(), 0
     check_jobs(arguments.jobs)
-    steps = pipeline.select(arguments.profile, arguments.notebook)  # before anything is written: there may be no such
-    with pipeline.only_one():
+    steps = plan.select(arguments.profile, arguments.notebook)  # before anything is written: there may be no such
+    with workers.only_one():
         sweep(RESULTS)
         if keep_as_it_came():
             print(f"no git here: what is computed is compared with the results that came along ({display(CAME)})")
-        pipeline.mend_lock_file()
-        pipeline.write_code()
+        freshness.mend_lock_file()
+        freshness.write_code()
         memory = Memory()
         chosen = steps
         if arguments.pages:
             chosen = pages(steps)
         elif arguments.sample is not None:
-            chosen = pipeline.with_bases(sampled(steps, arguments.sample), steps)
+            chosen = freshness.with_bases(sampled(steps, arguments.sample), steps)
         skip = (lambda step: False) if arguments.force else memory.has
-        for step in pipeline.compute(chosen, skip, jobs=arguments.jobs):
+        for step in workers.compute(chosen, skip, jobs=arguments.jobs):
             memory.remember(step)
             ran += 1
         params = read_yaml(ROOT / "params.yaml")
-        tolerances = {name: params[name].get("tolerance", {}) for name in pipeline.profiles(steps)}
-        result = compare(pipeline.files([path for step in chosen for path in step.writes]), tolerances)
+        tolerances = {name: params[name].get("tolerance", {}) for name in plan.profiles(steps)}
+        result = compare(plan.files([path for step in chosen for path in step.writes]), tolerances)
         others = [step for step in steps if step not in chosen and step.config]
         if result.same_bits:
             take(others)
-        pipeline.accept([step for step in steps if step.config or step in chosen])
+        freshness.accept([step for step in steps if step.config or step in chosen])
     for line in result.different[:MOST_LINES]:
         print(f"  different: {line}")
     if len(result.different) > MOST_LINES:
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     if others and not arguments.pages:
         verdict = "the same bits" if result.same_bits else "not the same bits, so nothing follows for the others"
         print(f"a sample of the runs, {len(others)} were not computed: {verdict}")
-    for problem in pipeline.strays(arguments.profile)[:MOST_LINES]:
+    for problem in freshness.strays(arguments.profile)[:MOST_LINES]:
         print(f"  stray: {problem}")
     if result.different:
         print(
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def pages(steps: list[Step]) -> list[Step]:
     """The notebooks and the claims. Raises UserError where the runs that they stand on are not current."""
-    lacking = pipeline.lacking(steps)
+    lacking = freshness.lacking(steps)
     if lacking:
         name, reason = next(iter(lacking.items()))
         raise UserError(
@@ -96,7 +97,7 @@ def sampled(steps: list[Step], count: int) -> list[Step]:
     evenly spread in the order of params.yaml."""
     if count < 1:
         raise UserError(f"--sample must be 1 or more, got {count}")
-    new = {name for name, reason in pipeline.lacking(steps).items() if reason != pipeline.OTHER_CODE}
+    new = {name for name, reason in freshness.lacking(steps).items() if reason != freshness.OTHER_CODE}
     runs = [step.name for step in steps if step.config and step.name not in new]
     chosen = new | ({runs[i * len(runs) // count] for i in range(count)} if count < len(runs) else set(runs))
     return [step for step in steps if not step.config or step.name in chosen]
@@ -104,6 +105,6 @@ def sampled(steps: list[Step], count: int) -> list[Step]:
 
 def take(steps: list[Step]) -> None:
     """Note in the records of runs that were not trained again that today's code was taken to give the same."""
-    for name in pipeline.lacking(steps):
+    for name in freshness.lacking(steps):
         (path,) = (step.writes[0] for step in steps if step.name == name)
         write_json(path, read_json(path) | {"code": code_hash(), "taken": True})

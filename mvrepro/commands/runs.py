@@ -6,10 +6,10 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from mvrepro import pipeline
 from mvrepro.errors import UserError
 from mvrepro.files import TEMPORARY, read_json
-from mvrepro.pipeline import Step
+from mvrepro.pipeline import freshness, plan, workers
+from mvrepro.pipeline.plan import Step
 
 JOBS_LIMIT = 1024
 SAFETY = 1.5  # other processors have other last bits than those tried
@@ -33,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_jobs(arguments.jobs)
-    steps = part(pipeline.runs(arguments.profile), arguments.part)
+    steps = part(plan.runs(arguments.profile), arguments.part)
     if arguments.tolerance is not None:
         if arguments.tolerance < 1:
             raise UserError(f"--tolerance must be 1 or more, got {arguments.tolerance}")
         return _tolerance(arguments.profile, steps, arguments.tolerance, arguments.jobs)
-    lacking = pipeline.lacking(steps)
+    lacking = freshness.lacking(steps)
     todo = [step for step in steps if arguments.force or step.name in lacking]
-    todo = pipeline.with_bases(todo, pipeline.runs(arguments.profile))
-    for _ in pipeline.compute(todo, lambda step: False, jobs=arguments.jobs):
+    todo = freshness.with_bases(todo, plan.runs(arguments.profile))
+    for _ in workers.compute(todo, lambda step: False, jobs=arguments.jobs):
         pass
     print(f"{arguments.profile}: trained {len(todo)} of {len(steps)} runs; the others are current")
     return 0
@@ -62,16 +62,16 @@ def part(steps: list[Step], words: str) -> list[Step]:
 
 
 def _tolerance(profile: str, steps: list[Step], count: int, jobs: int | None) -> int:
-    lacking = pipeline.lacking(steps)
+    lacking = freshness.lacking(steps)
     known = [step for step in steps if step.name not in lacking and not step.base]
     if not known:
         raise UserError(f"no run of {profile} is current: train them before, `python -m mvrepro runs {profile}`")
     chosen = {step.name: read_json(step.writes[0]) for step in known[:: max(1, len(known) // count)][:count]}
     moves: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as scratch:
-        others = pipeline.runs(profile, Path(scratch), threads=2)
+        others = plan.runs(profile, Path(scratch), threads=2)
         again = [replace(step, keeps=False) for step in others if step.name in chosen]
-        for step in pipeline.compute(again, lambda step: False, jobs=jobs, capped=False):
+        for step in workers.compute(again, lambda step: False, jobs=jobs, capped=False):
             old, new = chosen[step.name], read_json(step.writes[0])
             for metric, value in old["metrics"].items():
                 moves[metric].append(abs(new["metrics"][metric] - value))

@@ -4,11 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mvrepro import pipeline
 from mvrepro.determinism import environment
 from mvrepro.errors import UserError
 from mvrepro.evidence import claims
 from mvrepro.files import RESULTS, ROOT, display
+from mvrepro.pipeline import freshness, plan, workers
 from mvrepro.terminal import child
 
 
@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with pipeline.only_one():
-        steps = pipeline.select(arguments.profile, arguments.notebook)
-        problems = [f"stale: {name} ({why})" for name, why in pipeline.stale(steps).items()]
-        problems += pipeline.strays(arguments.profile)
+    with workers.only_one():
+        steps = plan.select(arguments.profile, arguments.notebook)
+        problems = [f"stale: {name} ({why})" for name, why in freshness.stale(steps).items()]
+        problems += freshness.strays(arguments.profile)
         for path in claims.outdated():
             problems.append(f"{display(path)} is not what the runs and paper/claims.toml give")
         for problem in problems:

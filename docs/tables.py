@@ -52,12 +52,14 @@ def least_and_most(values: Iterable[Any]) -> str:
 def answer() -> str:
     """What the losses reach on `faces`, and how far each lies from the one that it is built on."""
     frame, (column, label) = table("faces", kind=None), claims.metric("faces")
-    naive = comparison.pairs((f"{mining}-AM-Softmax", "AM-Softmax") for mining in ("HM", "F"))
-    pairs = [*comparison.MARGIN, *naive, *comparison.MV, *comparison.CHANGED, *comparison.MV_AFTER]
+    bases = SHOWN[:2]
+    mining = comparison.pairs((f"{kind}-{base}", base) for base in bases for kind in ("HM", "F"))
+    pairs = [*mining, *comparison.MARGIN, *comparison.MV, *comparison.CHANGED, *comparison.MV_AFTER]
     found = {row.better: row for row in comparison.differences(frame, column, pairs).itertuples()}
     rows = []
     changed, after = [pair.better for pair in comparison.CHANGED], comparison.sides(SHOWN[1:4], comparison.AFTER)
-    from_scratch = [*comparison.sides(SHOWN[:2]), *(pair.better for pair in naive), *comparison.sides(SHOWN[2:])]
+    mined = [loss for base in bases for loss in (base, *(pair.better[0] for pair in mining if pair.worse[0] == base))]
+    from_scratch = comparison.sides([*mined, *SHOWN[2:]])
     for side in comparison.here(frame, [*from_scratch, *changed, *after]):
         part, against = of(frame, *side), ["–"] * 3
         top1, view2, score = 100 * part[["top1", "lfw_accuracy", column]].mean()

@@ -83,7 +83,7 @@ def test_the_answer_is_that_of_the_runs():
     (go_on,) = {each["config"]["epochs"] for each in every if each["config"]["after"]}
     gate, seeds = read_toml(ROOT / "paper" / "claims.toml")["gate"], faces.groupby("loss")["seed"].nunique()
     marked = 100 * faces.groupby("loss")["marked_share"].mean()
-    turned = [each for each in every if each["config"]["loss"] == "MV-AM-Softmax-a" and not each["config"]["variant"]]
+    turned = [r for r in runs.default_records("faces") if r["config"]["loss"] == "MV-AM-Softmax-a"]
     below = [runs.numbers(each["learned"]["histogram"]["own"]) for each in turned]
     found = {v.id: v for v in claims.evaluate("quick")}
     gains = {name: 100 * v.numbers["difference"] for name, v in found.items() if "difference" in v.numbers}

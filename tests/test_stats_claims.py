@@ -358,6 +358,21 @@ def test_curves_have_a_row_an_epoch(add, tmp_path):
     }
 
 
+def test_default_records_are_those_at_the_profiles_own_t(add, tmp_path):
+    add("AM-Softmax", [0.5])
+    add("MV-AM-Softmax-f", [0.5], t=0.2)
+    add("MV-AM-Softmax-f", [0.6], t=0.3)
+    add("AM-Softmax", [0.7], variant="x")
+    found = {
+        variant: [
+            (r["config"]["loss"], r["metrics"][METRIC]) for r in runs.default_records("made-up", variant, tmp_path)
+        ]
+        for variant in ("", "x", None)
+    }
+    plain, other = [("AM-Softmax", 0.5), ("MV-AM-Softmax-f", 0.5)], [("AM-Softmax", 0.7)]
+    assert (found[""], found["x"], sorted(found[None])) == (plain, other, sorted(plain + other))
+
+
 def test_no_runs_says_what_makes_them(tmp_path):
     with pytest.raises(UserError, match="make reproduce"):
         runs.records("made-up", tmp_path)

@@ -213,7 +213,8 @@ def _verdict(claim: dict[str, Any], found: _Found) -> Verdict:
     verdict, words, numbers = (_judge(claim, found, artifact) if here else None) or (NOT_TESTED, "", {})
     why = claim.get("why", f"judged on {judged_on[0]}")
     if here and rule != "untested":
-        why = "not computed yet" if rule == "bound" else "the profile has no such runs"
+        lacks = {"bound": "not computed yet", "argmax": "not all of its losses have runs at two values of t"}
+        why = lacks.get(rule, "the profile has no such runs")
         if rule == "greater" and difference(found.frame, found.column, **claim | {"min_seeds": 1}):
             why = f"fewer than {FEWEST} seeds so far"
     if verdict != NOT_TESTED and rule != "bound" and (reason := unlearned(claim, found.frame)):

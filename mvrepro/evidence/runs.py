@@ -30,6 +30,12 @@ def records(profile: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [read_json(path) for path in paths]
 
 
+def default_records(profile: str, variant: str | None = "", folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The records of the runs at the profile's own t, in the order of `records`: of one variant ("": the plain ones),
+    or of all (None)."""
+    return [record for config, record in _chosen(profile, folder, variant) if config["default"]]
+
+
 def default_t(profile: str) -> float:
     """The t of a profile's plain runs, out of params.yaml. Raises UserError where it says none."""
     settings = read_yaml(ROOT / "params.yaml").get(profile, {}).get("train", {})

@@ -149,5 +149,13 @@ def test_what_the_answer_says_of_single_comparisons_is_so():
     behind = [side for side, row in found.items() if row.own_high < 0]
     assert behind == [("MV-Arc-Softmax-a", ""), comparison.CHANGED[0].better], "by it only MV-Arc-a and …"
     assert found["AM-Softmax", ""].own_low < 0 < found["AM-Softmax", ""].own_high
+    mining = [("HM-Softmax", "Softmax"), ("F-Softmax", "Softmax")]
+    mining += [("HM-AM-Softmax", "AM-Softmax"), ("F-AM-Softmax", "AM-Softmax")]
+    gained = {row.reading for row in readings("faces", column, comparison.pairs(mining)).values()}
+    assert gained == {comparison.NO_GAIN}, "Mining gains nothing that matters, alone or with AM"
+    for miner in ("HM-Softmax", "F-Softmax"):
+        over = comparison.pairs((loss, miner) for loss in ("AM-Softmax", "MV-AM-Softmax-f", "MV-AM-Softmax-a"))
+        says = [row.reading for row in readings("faces", column, over).values()]
+        assert says == [comparison.AHEAD, comparison.AHEAD, comparison.NO_GAIN], "nor does MV-AM-a, as AM and … do"
     (quick,) = readings("quick", "tpr@fpr=0.001", comparison.pairs([("MV-AM-Softmax-a", "HM-Softmax")])).values()
     assert quick.low < 0 < quick.high, "At FPR 0.1 % it is level with HM"

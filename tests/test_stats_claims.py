@@ -18,6 +18,7 @@ from mvrepro.evidence.stats import (
     detectable_difference,
     holm,
     mean_interval,
+    written,
 )
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots, report
@@ -71,6 +72,22 @@ def test_values_must_be_finite_numbers(values):
 )
 def test_holm_by_hand(ps, adjusted):
     assert holm(ps) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.04996, "0.04996"),
+        (0.0496, "0.0496"),
+        (float("nan"), "nan"),
+        (0.0503, "0.05"),
+        (0.049, "0.049"),
+        (1.0, "1"),
+        (7e-7, "7e-07"),
+    ],
+)
+def test_a_p_shows_on_which_side_of_the_level_it_lies(p, text):
+    assert written(p) == text
 
 
 @pytest.mark.parametrize("n", [3, 10])

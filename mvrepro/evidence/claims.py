@@ -35,7 +35,7 @@ import pandas as pd
 
 from mvrepro.errors import UserError
 from mvrepro.evidence import runs
-from mvrepro.evidence.stats import Estimate, TwoWay, holm, mean_interval
+from mvrepro.evidence.stats import LEVEL, Estimate, TwoWay, holm, mean_interval, written
 from mvrepro.files import RESULTS, ROOT, display, read_json, read_toml
 from mvrepro.losses import LOSSES
 
@@ -255,11 +255,11 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
             brackets, alone = (f"[{100 * each.low:+.2f}, {100 * each.high:+.2f}]" for each in (e, own))
             numbers = {"difference": e.mean, "low": e.low, "high": e.high, "seeds": e.n, "adjusted_p": p}
             numbers |= {"own_low": own.low, "own_high": own.high, "own_p": own.p}
-            verdict = REPRODUCED if p < 0.05 else QUALITATIVELY if e.p < 0.05 else UNDECIDED
+            verdict = REPRODUCED if p < LEVEL else QUALITATIVELY if e.p < LEVEL else UNDECIDED
             if verdict == UNDECIDED and e.high < metrics().get(found.profile, {}).get("matters", 0.0):
                 verdict = NOT_REPRODUCED
-            words = f"{100 * e.mean:+.2f} points {brackets}, {e.n} seeds, adjusted p = {p:.2g}; own pairs {alone}"
-            words += f", p = {own.p:.2g}"
+            words = f"{100 * e.mean:+.2f} points {brackets}, {e.n} seeds, adjusted p = {written(p)}; own pairs {alone}"
+            words += f", p = {written(own.p)}"
             return verdict, words, numbers
         case "unclear":
             column, pairs = claim.get("column", found.column), claim["pairs"]
@@ -272,11 +272,11 @@ def _judge(claim: dict[str, Any], found: _Found, artifact: str) -> tuple[str, st
                 named[e.high < 0].append(f"{better.replace('-Softmax', '')} {100 * e.mean:+.2f}")
             gains, behind = (", ".join(names) for names in named.values())
             numbers = {"least_adjusted_p": p, "largest_gain": max(e.mean for e in seen), "behind": len(named[True])}
-            words = f"{gains} {claim.get('unit', 'points')}, least adjusted p = {p:.2g}" if gains else "no gains"
+            words = f"{gains} {claim.get('unit', 'points')}, least adjusted p = {written(p)}" if gains else "no gains"
             if gains and (pool := common_pool(found.frame, column, *((loss, "") for pair in pairs for loss in pair))):
                 words += f" (a true gain below {100 * pool.detectable(min(e.n for e in seen)):.1f} goes mostly unseen)"
             words += f"; behind: {behind}" if behind else ""
-            verdict = QUALITATIVELY if p >= 0.05 else NOT_REPRODUCED
+            verdict = QUALITATIVELY if p >= LEVEL else NOT_REPRODUCED
             return verdict if gains else UNDECIDED, words, numbers
         case "runaway":
             cosines = runs.of(found.frame, claim["loss"])["other_cosine"].dropna()

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95  # of every interval, two-sided
-POWER, LEVEL = 0.8, 0.05  # of the one-sided tests whose reach is told
+POWER, LEVEL = 0.8, 0.05  # of the one-sided tests: the power with which their reach is told, and below which p counts
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,12 @@ def holm(ps: Sequence[float]) -> list[float]:
     order, adjusted = np.argsort(ps, kind="stable"), np.empty(len(ps))
     adjusted[order] = np.maximum.accumulate(np.fmin(1.0, np.arange(len(ps), 0, -1) * np.asarray(ps)[order]))
     return adjusted.tolist()
+
+
+def written(p: float) -> str:
+    """A p of two digits, or of as many as it takes to say on which side of LEVEL it lies."""
+    texts = (f"{p:.{digits}g}" for digits in range(2, 18))
+    return next(text for text in texts if (float(text) < LEVEL) == (p < LEVEL))
 
 
 def detectable_difference(differences: ArrayLike) -> float:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
 from mvrepro.evidence import claims, runs
-from mvrepro.evidence.stats import Estimate, bootstrap_people, detectable_difference, mean_interval
+from mvrepro.evidence.stats import Estimate, bootstrap_people, detectable_difference, mean_interval, written
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots
 from mvrepro.pages.plots import Side, short
@@ -262,7 +262,7 @@ def as_table(found: pd.DataFrame, points: str, anew: pd.DataFrame | None = None)
         "Seeds": [f"{n} ({each})" if each else f"{n}" for n, each in zip(found["n"], single, strict=True)],
         f"{points} [95 %]": [measured(row) for row in found.itertuples()],
         "Own pairs alone [95 %]": [_ends(row.own_low, row.own_high) for row in found.itertuples()],
-        "p (one-sided)": [f"{p:.2g}" for p in found["p"]],
+        "p (one-sided)": [written(p) for p in found["p"]],
         "Would have been seen": [f"{x:.2f}" for x in found["visible"]],
     }
     if anew is not None and anew["mean"].notna().any():

@@ -142,7 +142,16 @@ def test_what_the_answer_says_of_single_comparisons_is_so():
     plain = ("MV-AM-Softmax-a", "")
     assert (easy.reading, stopped.reading) == (comparison.BEHIND, comparison.NO_GAIN)
     (gain,) = readings("faces", column, [comparison.Pair(comparison.CHANGED[1].better, plain)]).values()
-    assert f"gains {gain.mean:.1f} points by it, in {['', 'one', 'two', 'three'][gain.n]} seeds" in ANSWER
+    assert f"gains {gain.mean:.1f} points, in {['', 'one', 'two', 'three'][gain.n]} seeds" in ANSWER
+    every, weaker = runs.table("faces", kind=None), (("MV-AM-Softmax-a", 0.1), ("AM-Softmax", 0.0))
+    apart, mine = (
+        comparison.difference_at(every, column, *weaker),
+        every.query("loss == 'MV-AM-Softmax-a' and t == 0.1"),
+    )
+    assert f"**At t = 0.1**, tried once this was known, that mean ends at {mine['other_cosine'].mean():.2f}".replace(
+        "-", "−"
+    ) in ANSWER.replace("-", "−")
+    assert apart.low < 0 < apart.high, "and the score is level with AM's"
     cosines = runs.of(runs.table("faces", kind=None), *comparison.CHANGED[1].better)["other_cosine"]
     assert cosines.min() > -0.02, "its cosines do not fall"
     assert found[go_on.better].reading == comparison.NO_GAIN, "nor with AM itself"

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
 from mvrepro.evidence import claims, runs
-from mvrepro.evidence.stats import Estimate, bootstrap_people, detectable_difference, mean_interval, written
+from mvrepro.evidence.stats import Estimate, TwoWay, bootstrap_people, detectable_difference, mean_interval, written
+from mvrepro.files import read_toml
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots
 from mvrepro.pages.plots import Side, short
@@ -73,6 +74,7 @@ def pairs(losses: Iterable[tuple[str, str]], variant: str = "") -> list[Pair]:
     return [Pair((better, variant), (worse, variant)) for better, worse in losses]
 
 
+AtT = tuple[str, float]  # a loss at a t; 0 where it has none
 MARGIN = pairs((f"{f}-Softmax", "Softmax") for f in ("AM", "Arc"))
 MV = pairs((f"MV-{f}-Softmax-{form}", f"{f}-Softmax") for f in ("AM", "Arc") for form in "fa")
 # The adaptive form from scratch with one thing changed
@@ -150,6 +152,37 @@ def differences(frame: pd.DataFrame, metric: str, chosen: Sequence[Pair]) -> pd.
         about |= {"own_low": own.low, "own_high": own.high, "visible": visible, "matters": matters, "reading": says}
         rows.append(about | asdict(e))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def over_t(frame: pd.DataFrame, metric: str) -> TwoWay | None:
+    """The plain runs at every t whose networks learned, several seeds each, in points, called "loss|t"; None where
+    there are none. Verdicts pool those at the default t alone."""
+    plain = frame[(frame["variant"] == "") & frame[metric].notna()]
+    names = plain["loss"] + "|" + plain["t"].map("{:g}".format)
+    learned = plain.groupby(names)["top1"].transform("mean") >= read_toml(claims.CLAIMS)["gate"]["top1"]
+    used = plain[learned & (plain.groupby(names)["seed"].transform("count") >= 2)]
+    return TwoWay(100 * used[metric], names[used.index], used["seed"]) if len(used) else None
+
+
+def difference_at(frame: pd.DataFrame, metric: str, better: AtT, worse: AtT) -> Estimate | None:
+    """better − worse in points, each a loss at a t in its plain runs; None where no seed has both. At the default t as
+    verdicts have it (`differences`), else with the noise of `over_t`, or of the single pairs where one isn't in it."""
+    default = frame[(frame["variant"] == "") & frame["default"]]
+    if all(((default["loss"] == loss) & (default["t"] == t)).any() for loss, t in (better, worse)):
+        for row in differences(frame, metric, pairs([(better[0], worse[0])])).itertuples():
+            return Estimate(row.mean, row.low, row.high, row.n, row.p)
+    pool, names = over_t(frame, metric), [f"{loss}|{t:g}" for loss, t in (better, worse)]
+    if pool and pool.freedom and set(names) <= pool.place.keys():
+        return pool.difference(*names)
+    apart = own_pairs(frame, metric, better, worse)
+    return mean_interval(apart) if len(apart) else None
+
+
+def own_pairs(frame: pd.DataFrame, metric: str, better: AtT, worse: AtT) -> pd.Series:
+    """better − worse in points, seed by seed, each a loss at a t in its plain runs."""
+    plain = frame[(frame["variant"] == "") & frame[metric].notna()]
+    one, other = (runs.by_seed(plain, metric, loss, t) for loss, t in (better, worse))
+    return 100 * (one - other).dropna()
 
 
 def redrawn(found: pd.DataFrame, over: str, estimates: Sequence[Estimate]) -> pd.DataFrame:

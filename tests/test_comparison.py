@@ -72,6 +72,27 @@ def test_a_dagger_marks_a_single_seed_and_networks_that_have_not_learned(frame):
     assert claims.doubt(both, "AM-Softmax").startswith("one seed; the networks have not learned")
 
 
+def test_between_any_two_t_the_noise_of_every_t_is_pooled(frame):
+    weak = table(rows(A[0], 51, seeds=[0, 1])).assign(t=0.1, default=False)
+    lost = table(rows(A[0], 20, top1=0.3)).assign(t=0.5, default=False)
+    more = pd.concat([frame, weak, lost, table(rows(AM[0], 90, "on"))], ignore_index=True)
+    at = {t: (A[0], t) for t in (0.1, 0.2, 0.5)}
+    margin = (AM[0], 0.0)
+    usual = comparison.difference_at(more, "rank1", at[0.2], margin)
+    (row,) = comparison.differences(more, "rank1", [ADAPTIVE]).itertuples()
+    assert (usual.mean, usual.low, usual.high) == (row.mean, row.low, row.high), "at the default as verdicts have it"
+    pool = comparison.over_t(more, "rank1")
+    assert set(pool.place) == {"AM-Softmax|0", "MV-AM-Softmax-f|0.2", "MV-AM-Softmax-a|0.2", "MV-AM-Softmax-a|0.1"}
+    assert comparison.difference_at(more, "rank1", at[0.1], margin) == pool.difference(
+        "MV-AM-Softmax-a|0.1", "AM-Softmax|0"
+    )
+    apart = comparison.own_pairs(more, "rank1", at[0.1], margin)
+    assert list(apart) == pytest.approx([0.9, 1.2]) and list(apart.index) == [0, 1]
+    alone = comparison.difference_at(more, "rank1", at[0.5], margin)  # it has not learned, so its noise is not theirs
+    assert alone == mean_interval(comparison.own_pairs(more, "rank1", at[0.5], margin))
+    assert comparison.difference_at(more, "rank1", (A[0], 0.7), margin) is None
+
+
 def test_runs_after_another_have_a_noise_of_their_own(frame):
     more = pd.concat([frame, table(rows("AM-Softmax", 60, AFTER), rows(A[0], 61, AFTER))], ignore_index=True)
     on, mixed = Pair((A[0], AFTER), ("AM-Softmax", AFTER)), Pair((A[0], AFTER), A)

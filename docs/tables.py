@@ -11,7 +11,7 @@ from typing import Any
 
 from mvrepro.evidence import claims
 from mvrepro.evidence.runs import default_t, of, table
-from mvrepro.evidence.stats import Estimate, mean_interval
+from mvrepro.evidence.stats import mean_interval
 from mvrepro.files import RESULTS, ROOT, read_json, read_toml, write_atomic
 from mvrepro.losses import LOSSES
 from mvrepro.pages import comparison, plots
@@ -62,19 +62,24 @@ def answer() -> str:
     mined = [loss for base in bases for loss in (base, *(pair.better[0] for pair in mining if pair.worse[0] == base))]
     from_scratch = comparison.sides([*mined, *SHOWN[2:]])
     for side in comparison.here(frame, [*from_scratch, *changed, *after]):
-        part, against = of(frame, *side), ["–"] * 3
-        top1, view2, score = 100 * part[["top1", "lfw_accuracy", column]].mean()
+        against = ["–"] * 3
         if row := found.get(side):
-            against = [plots.short(*row.worse), *_ends(row, Estimate(0.0, row.own_low, row.own_high, 0))]
-        rows.append([plots.short(*side), str(len(part)), f"{top1:.0f}", f"{view2:.1f}", f"{score:.1f}", *against])
+            against = [plots.short(*row.worse), *_ends(row, row.own_low, row.own_high)]
+        rows.append([plots.short(*side), *_means(of(frame, *side), column), *against])
         rows += [] if side[1] else _other_t(frame, column, side[0])
     columns = ["loss", "seeds", "training top-1", "LFW View 2", label.partition(" among")[0]]
     return markdown([*columns, "against", "points", "own pairs"], rows)
 
 
-def _ends(pooled: Any, own: Estimate) -> list[str]:
+def _means(part: Any, column: str) -> list[str]:
+    """How many runs these are, and their means in per cent: training top-1, View 2, the metric of the verdicts."""
+    top1, view2, score = 100 * part[["top1", "lfw_accuracy", column]].mean()
+    return [str(len(part)), f"{top1:.0f}", f"{view2:.1f}", f"{score:.1f}"]
+
+
+def _ends(pooled: Any, own_low: float, own_high: float) -> list[str]:
     """A difference in points with its interval, and the interval from its own pairs alone."""
-    ends = f"{pooled.mean:+.1f} [{pooled.low:+.1f}, {pooled.high:+.1f}]", f"[{own.low:+.1f}, {own.high:+.1f}]"
+    ends = f"{pooled.mean:+.1f} [{pooled.low:+.1f}, {pooled.high:+.1f}]", f"[{own_low:+.1f}, {own_high:+.1f}]"
     return [re.sub(r"[+-]0\.0", "0.0", each) for each in ends]
 
 
@@ -83,12 +88,10 @@ def _other_t(frame: Any, column: str, loss: str) -> list[list[str]]:
     rows, base = [], f"{LOSSES[loss].f}-Softmax"
     chosen = frame[(frame["loss"] == loss) & (frame["variant"] == "") & ~frame["default"]]
     for t, part in chosen.groupby("t"):
-        top1, view2, score = 100 * part[["top1", "lfw_accuracy", column]].mean()
         pair = (loss, t), (base, 0.0)
         own = mean_interval(comparison.own_pairs(frame, column, *pair))
-        against = _ends(comparison.difference_at(frame, column, *pair), own)
-        about = [f"{plots.short(loss)} (t = {t:g})", str(len(part)), f"{top1:.0f}", f"{view2:.1f}", f"{score:.1f}"]
-        rows.append([*about, plots.short(base), *against])
+        against = _ends(comparison.difference_at(frame, column, *pair), own.low, own.high)
+        rows.append([f"{plots.short(loss)} (t = {t:g})", *_means(part, column), plots.short(base), *against])
     return rows
 
 

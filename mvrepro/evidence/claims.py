@@ -180,16 +180,20 @@ def pooled(frame: pd.DataFrame, column: str, *, after: bool = False) -> TwoWay |
     """The default runs of all losses and variants whose networks learned ([gate]: top-1), called "loss|variant", each
     loss under one name; None where there is none. after: those that began with another run's network, which are
     closer to each other than runs from scratch, instead of these."""
-    gate = read_toml(CLAIMS)["gate"]
     known = frame[frame["default"] & frame[column].notna()]
     known = known[known["variant"].str.startswith(AFTER) == after]
     twins = [name for name, row in LOSSES.items() if name.startswith("SV-") and list(LOSSES.values()).count(row) > 1]
     known = known[~known["loss"].isin(twins)]  # the runs of MV-AM-a over again, which would halve its noise
-    names = known["loss"] + "|" + known["variant"]
-    learned = known.groupby(names)["top1"].transform("mean") >= gate["top1"]
-    several = known.groupby(names)["seed"].transform("count") >= 2
-    chosen = learned & several
-    return TwoWay(known[column][chosen], names[chosen], known["seed"][chosen]) if chosen.any() else None
+    return pool_of(known, known[column], known["loss"] + "|" + known["variant"])
+
+
+def pool_of(known: pd.DataFrame, scores: pd.Series, names: pd.Series) -> TwoWay | None:
+    """The scores of those of the runs whose networks learned ([gate]: top-1, as a mean) and that have several seeds, by
+    the name of each; None where there is none."""
+    grouped = known.groupby(names)
+    learned = grouped["top1"].transform("mean") >= read_toml(CLAIMS)["gate"]["top1"]
+    chosen = learned & (grouped["seed"].transform("count") >= 2)
+    return TwoWay(scores[chosen], names[chosen], known["seed"][chosen]) if chosen.any() else None
 
 
 @dataclass(frozen=True)

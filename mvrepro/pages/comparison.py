@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from mvrepro.evidence import claims, runs
 from mvrepro.evidence.stats import Estimate, TwoWay, bootstrap_people, detectable_difference, mean_interval, written
-from mvrepro.files import read_toml
 from mvrepro.losses import LOSSES
 from mvrepro.pages import plots
 from mvrepro.pages.plots import Side, short
@@ -158,10 +157,7 @@ def over_t(frame: pd.DataFrame, metric: str) -> TwoWay | None:
     """The plain runs at every t whose networks learned, several seeds each, in points, called "loss|t"; None where
     there are none. Verdicts pool those at the default t alone."""
     plain = frame[(frame["variant"] == "") & frame[metric].notna()]
-    names = plain["loss"] + "|" + plain["t"].map("{:g}".format)
-    learned = plain.groupby(names)["top1"].transform("mean") >= read_toml(claims.CLAIMS)["gate"]["top1"]
-    used = plain[learned & (plain.groupby(names)["seed"].transform("count") >= 2)]
-    return TwoWay(100 * used[metric], names[used.index], used["seed"]) if len(used) else None
+    return claims.pool_of(plain, 100 * plain[metric], plain["loss"] + "|" + plain["t"].map("{:g}".format))
 
 
 def difference_at(frame: pd.DataFrame, metric: str, better: AtT, worse: AtT) -> Estimate | None:
